@@ -1,0 +1,145 @@
+"""Nested attention: prompt tokens whose value depends on the image query (paper, eq. 1-3).
+
+B batch, H heads, N image queries, T text tokens, S subject columns among them, M nested tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Norm = Literal["off", "rescale", "clamp"]
+NORMS: tuple[Norm, ...] = ("off", "rescale", "clamp")
+
+
+@dataclass(frozen=True)
+class NestedToken:
+    """One subject in one attention layer: where its token stands and what is looked up there.
+
+    columns    positions of its token among the T text tokens, at least one
+    keys       Kn, [1, H, M, D]
+    values     Vn, [1, H, M, D]
+    strength   factor on the change that the subject makes (1: the paper, 0: none)
+    weight     lambda, the token weight (1: the prompt's own attention)
+    norm       norm regularisation of the per-query values, and its alpha
+    region     where the subject may show, [B or 1, N] in 0..1, or None for everywhere
+    """
+
+    columns: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+    strength: float = 1.0
+    weight: float = 1.0
+    norm: Norm = "rescale"
+    norm_factor: float = 2.0
+    region: Tensor | None = None
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H*D] to [B, H, N, D], as a view."""
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, N, D] to [B, N, H*D]."""
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def norm_over_heads(x: Tensor) -> Tensor:
+    """L2 norm over the concatenated heads, [B, H, N, D] to [B, N], at least in fp32."""
+    return torch.linalg.vector_norm(x, dim=(1, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def per_query_values(q: Tensor, token: NestedToken) -> Tensor:
+    """v*, [B, H, N, D]: what the subject is at each image position (eq. 1)."""
+    b, _, _, d = q.shape
+    keys, values = (x.expand(b, *x.shape[1:]) for x in (token.keys, token.values))
+    return F.scaled_dot_product_attention(q, keys, values, scale=d**-0.5)
+
+
+def has_fused_lse(q: Tensor) -> bool:
+    """Whether `text_attention` is one fused kernel that gives the log-sum-exp for nothing."""
+    return q.device.type == "cpu"
+
+
+def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain attention [B, H, N, D] over the text and the log-sum-exp of its logits, [B, H, N] at least in fp32."""
+    if has_fused_lse(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=q.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(q, k, v), log_sum_exp(q, k)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, chunk: int = 2048) -> Tensor:
+    """Log-sum-exp over the text logits, [B, H, N], a chunk of queries at a time to bound the memory."""
+    keys = k.transpose(-1, -2) * k.shape[-1] ** -0.5
+    return torch.cat([torch.logsumexp(at_least_fp32(part @ keys), dim=-1) for part in q.split(chunk, dim=2)], dim=2)
+
+
+def personalize(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: list[NestedToken], text: Tensor, lse: Tensor
+) -> Tensor:
+    """Add to attention output what the subjects' tokens change in it (eq. 2 and 3), in place.
+
+    With p_s the attention probability of a subject's token, replacing its value V_s by v* changes the output by
+    p_s (v* - V_s). So `out` may hold anything besides the text attention, and no per-query copy of V is made.
+
+    out        attention output [B, H, N, D], changed in place and returned
+    q, k, v    the layer's queries [B, H, N, D] and text keys and values [B, H, T, D]
+    text, lse  what `text_attention(q, k, v)` gave; `text` is read where a token weight differs from 1
+    """
+    k_s, v_s = (torch.stack([x[:, :, c] for token in tokens for c in token.columns], dim=2) for x in (k, v))
+    logits = at_least_fp32(q) @ at_least_fp32(k_s).transpose(-1, -2) * q.shape[-1] ** -0.5
+    p = torch.exp(logits - lse[..., None])
+    if any(token.weight != 1 for token in tokens):
+        p, change = raise_tokens(p, logits, v_s, text, tokens)
+        out += change
+
+    parts = p.split([len(token.columns) for token in tokens], dim=-1)
+    for token, part in zip(tokens, parts, strict=True):
+        part *= token.strength
+        if token.region is not None:
+            part *= token.region[:, None, :, None]
+    out -= p.to(out.dtype) @ v_s
+
+    norms = norm_over_heads(v_s).split([p.shape[-1] for p in parts], dim=-1)
+    for token, part, norm in zip(tokens, parts, norms, strict=True):
+        star = per_query_values(q, token)
+        out.addcmul_(star, (part * norm_scale(star, norm, token)).sum(-1, keepdim=True).to(out.dtype))
+    return out
+
+
+def norm_scale(star: Tensor, norm: Tensor, token: NestedToken) -> Tensor | float:
+    """Factor on v* by the norm regularisation, [B, 1, N, S].
+
+    rescale: v* gets alpha times the norm [B, S] of the textual value that it replaces. clamp: at most that.
+    """
+    if token.norm == "off":
+        return 1.0
+    length = norm_over_heads(star)
+    scale = token.norm_factor * norm[:, None] / length[..., None].clamp_min(1e-30)
+    return (scale.clamp_max(1) if token.norm == "clamp" else scale)[:, None]
+
+
+def raise_tokens(
+    p: Tensor, logits: Tensor, v_s: Tensor, text: Tensor, tokens: list[NestedToken]
+) -> tuple[Tensor, Tensor]:
+    """Token weight lambda: logit_s becomes max(logit_s, lambda logit_s) in the text's softmax.
+
+    p, logits   probabilities and logits of the subject columns, [B, H, N, S]
+    Returns the new probabilities, and the change of the plain text attention, [B, H, N, D].
+    """
+    parts = zip(tokens, logits.split([len(token.columns) for token in tokens], dim=-1), strict=True)
+    raised = torch.cat([torch.maximum(part, token.weight * part) for token, part in parts], dim=-1)
+    gain = torch.expm1((raised - logits).clamp_max(80))
+    total = 1 + (p * gain).sum(-1, keepdim=True)
+    change = (text + (p * gain) @ v_s.to(p.dtype)) / total - text
+    return p * (1 + gain) / total, change.to(text.dtype)

@@ -1,0 +1,81 @@
+"""Adapter files: safetensors with the configuration in the metadata; foreign dialects are read, never written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .adapter import AdapterConfig, NestedAdapter
+from .dialects import METADATA_KEY, AdapterFileError, canonical
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content and metadata of a .safetensors file, or of a .bin or .pt file, which is read with weights_only."""
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    return torch.load(path, map_location="cpu", weights_only=True), {}
+
+
+def build_adapter(state: Mapping[str, Any], metadata: Mapping[str, str], *, operations: Any = nn) -> NestedAdapter:
+    """Adapter from a file's content in any dialect; weights keep the file's precision.
+
+    Raises AdapterFileError where anything is missing, left over or of another shape.
+    """
+    config, tensors = canonical(state, metadata)
+    with torch.device("meta"):
+        adapter = NestedAdapter(config, operations=operations)
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]:
+        lines = [f"  {name}: {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}" for name in wrong]
+        more = [f"  and {len(lines) - 8} more"] if len(lines) > 8 else []
+        raise AdapterFileError("The adapter does not fit its own configuration:\n" + "\n".join(lines[:8] + more))
+    adapter.load_state_dict(tensors, assign=True)
+    return adapter.requires_grad_(False).eval()
+
+
+def load_adapter(path: str | Path) -> NestedAdapter:
+    """Adapter from a file in any dialect, on the CPU."""
+    return build_adapter(*read_tensors(path))
+
+
+def save_adapter(adapter: NestedAdapter, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
+    """Write an adapter in the own format. `notes` are further metadata: licence, base model, training record."""
+    write_tensors(path, adapter.state_dict(), {**(notes or {}), METADATA_KEY: adapter.config.to_json()})
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file such that it is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(content, metadata=dict(metadata)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterFileError",
+    "build_adapter",
+    "load_adapter",
+    "read_tensors",
+    "save_adapter",
+    "write_tensors",
+]

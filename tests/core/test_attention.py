@@ -1,0 +1,129 @@
+"""The fast form equals the equations, and behaves as the equations say at their limits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import nested_attention
+
+from nested_attention import attention
+from nested_attention.attention import NestedToken, personalize, text_attention
+
+B, H, N, T, M, D = 2, 3, 5, 7, 6, 8
+
+
+def problem(dtype=torch.float64, seed=0):
+    make = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, H, n, D, generator=make, dtype=dtype) for n in (N, T, T))
+    subjects = [[torch.randn(1, H, M + i, D, generator=make, dtype=dtype) for _ in "kv"] for i in range(3)]
+    return q, k, v, subjects
+
+
+def fast(q, k, v, rows):
+    """What a host does: text attention for all rows, then each row's subjects."""
+    text, lse = text_attention(q, k, v)
+    out = text.clone()
+    for i, tokens in enumerate(rows):
+        part = slice(i, i + 1)
+        if tokens:
+            personalize(out[part], q[part], k[part], v[part], tokens, text[part], lse[part])
+    return out
+
+
+def token(subject, columns=(2,), **settings):
+    return NestedToken(columns, *subject, **settings)
+
+
+REGION = torch.tensor([[0.0, 1.0, 0.5, 1.0, 0.25]])
+
+CASES = {
+    "one subject": lambda s: [[token(s[0])], [token(s[0])]],
+    "a row without": lambda s: [[], [token(s[0])]],
+    "different subjects": lambda s: [[token(s[0], (1,))], [token(s[1], (4,))]],
+    "two in one row": lambda s: [[token(s[0], (1,)), token(s[1], (4,))], []],
+    "several columns": lambda s: [[token(s[0], (0, 3, 6))], [token(s[1], (2, 5)), token(s[0], (1,))]],
+    "norm off": lambda s: [[token(s[0], norm="off")], [token(s[1], norm="off")]],
+    "norm clamp": lambda s: [[token(s[0], norm="clamp", norm_factor=0.4)], [token(s[1], norm="clamp")]],
+    "alpha": lambda s: [[token(s[0], norm_factor=0.7)], [token(s[1], norm_factor=3.0)]],
+    "strength": lambda s: [[token(s[0], strength=0.6)], [token(s[1], strength=1.3)]],
+    "token weight": lambda s: [[token(s[0], weight=1.5)], [token(s[1], (1, 4), weight=0.5)]],
+    "two token weights": lambda s: [
+        [token(s[0], (1,), weight=2.0), token(s[1], (4,)), token(s[2], (6,), weight=3.0)],
+        [],
+    ],
+    "region": lambda s: [[token(s[0], region=REGION)], [token(s[1], (1, 4), region=REGION, strength=0.5)]],
+    "all at once": lambda s: [
+        [token(s[0], (0, 1), norm="clamp", weight=1.7, region=REGION), token(s[2], (5,), norm="off", strength=1.2)],
+        [token(s[1], (3,), strength=0.4, weight=2.5)],
+    ],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", ["fused", "portable"])
+def test_equals_the_equations(case, kernel, monkeypatch):
+    if kernel == "portable":
+        monkeypatch.setattr(attention, "has_fused_lse", lambda q: False)
+    q, k, v, subjects = problem()
+    rows = CASES[case](subjects)
+    torch.testing.assert_close(fast(q, k, v, rows), nested_attention(q, k, v, rows), rtol=1e-9, atol=1e-9)
+    single = [[replace(t, keys=t.keys.float(), values=t.values.float()) for t in row] for row in rows]
+    result = fast(q.float(), k.float(), v.float(), single)
+    torch.testing.assert_close(result.double(), nested_attention(q, k, v, rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("case", CASES)
+def test_half_precision(case, dtype, tolerance):
+    q, k, v, subjects = (
+        [[x.to(dtype) for x in pair] for pair in s] if isinstance(s, list) else s.to(dtype) for s in problem()
+    )
+    rows = CASES[case](subjects)
+    exact = [[replace(t, keys=t.keys.double(), values=t.values.double()) for t in row] for row in rows]
+    expected = nested_attention(q.double(), k.double(), v.double(), exact)
+    error = (fast(q, k, v, rows).double() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+def test_equal_nested_values_give_one_constant_value():
+    """Nested attention over equal values is a constant: the single-token methods are this special case."""
+    q, k, v, subjects = problem()
+    constant = subjects[0][1][:, :, :1].expand(-1, -1, M, -1)
+    result = fast(q, k, v, [[token((subjects[0][0], constant), norm="off")]] * B)
+    v[:, :, 2] = constant[:, :, 0]
+    torch.testing.assert_close(result, text_attention(q, k, v)[0])
+
+
+def test_order_of_nested_tokens_changes_nothing():
+    q, k, v, subjects = problem()
+    shuffle = torch.randperm(M)
+    shuffled = [x[:, :, shuffle] for x in subjects[0]]
+    torch.testing.assert_close(fast(q, k, v, [[token(subjects[0])]] * B), fast(q, k, v, [[token(shuffled)]] * B))
+
+
+def test_repeated_context_is_the_context_once():
+    """Hosts repeat a short context beside a long one: the token then stands at several columns."""
+    q, k, v, subjects = problem()
+    once = fast(q, k, v, [[token(subjects[0], weight=1.4)]] * B)
+    twice = fast(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), [[token(subjects[0], (2, 2 + T), weight=1.4)]] * B)
+    torch.testing.assert_close(once, twice)
+
+
+def test_adds_to_whatever_else_is_in_the_output():
+    q, k, v, subjects = problem()
+    text, lse = text_attention(q, k, v)
+    other = torch.randn_like(text)
+    tokens = [token(subjects[0], weight=1.3)]
+    alone = personalize(text.clone(), q, k, v, tokens, text, lse)
+    torch.testing.assert_close(personalize(text + other, q, k, v, tokens, text, lse), alone + other)
+
+
+def test_strength_zero_is_the_text_alone():
+    q, k, v, subjects = problem()
+    assert torch.equal(fast(q, k, v, [[token(subjects[0], strength=0.0)]] * B), text_attention(q, k, v)[0])
+
+
+def test_huge_logits_stay_finite():
+    q, k, v, subjects = problem(torch.float32)
+    out = fast(q * 60, k * 60, v, [[token(subjects[0], weight=8.0)]] * B)
+    assert out.isfinite().all()

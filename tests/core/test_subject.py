@@ -1,0 +1,45 @@
+"""Subjects: joined, combined, saved and loaded."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nested_attention.subject import Subject, combine, join_photos, load_subject, save_subject
+
+A = Subject(torch.randn(1, 4, 8), "f1", "person.safetensors")
+B = Subject(torch.randn(1, 4, 8), "f1", "person.safetensors")
+
+
+def test_join():
+    photos = torch.randn(3, 4, 8)
+    assert torch.equal(join_photos(photos, "concatenate"), torch.cat([*photos])[None])
+    assert torch.equal(join_photos(photos, "average"), photos.mean(0, keepdim=True))
+
+
+def test_combine():
+    assert torch.equal(combine(A, B, "concatenate", 0.5).tokens, torch.cat([A.tokens, B.tokens], dim=1))
+    assert torch.equal(combine(A, B, "blend", 0.0).tokens, A.tokens)
+    torch.testing.assert_close(combine(A, B, "blend", 1.0).tokens, B.tokens)
+    torch.testing.assert_close(combine(A, B, "blend", 0.25).tokens, 0.75 * A.tokens + 0.25 * B.tokens)
+    with pytest.raises(ValueError, match="different adapters"):
+        combine(A, Subject(B.tokens, "f2", "dog.safetensors"), "blend", 0.5)
+    with pytest.raises(ValueError, match="these have 4 and 8"):
+        combine(A, Subject(torch.randn(1, 8, 8), "f1"), "blend", 0.5)
+
+
+def test_round_trip(tmp_path):
+    save_subject(A, tmp_path / "anna.safetensors")
+    loaded = load_subject(tmp_path / "anna.safetensors")
+    assert torch.equal(loaded.tokens, A.tokens) and (loaded.adapter, loaded.adapter_name) == (
+        "f1",
+        "person.safetensors",
+    )
+
+
+def test_not_a_subject(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no saved subject .*weight"):
+        load_subject(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_subject(tmp_path / "cut.safetensors")
