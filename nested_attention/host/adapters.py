@@ -1,0 +1,91 @@
+"""Adapters under ComfyUI's management: read from files, loaded and freed like any model of the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from torch import Tensor
+
+from ..adapter import AdapterConfig, FeatureLayer, NestedAdapter, fingerprint
+from ..attention import Norm, split_heads
+from ..files import build_adapter
+from ..subject import Subject
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in the host's memory management; `config` holds the user's choices over the file's."""
+
+    patcher: ModelPatcher
+    config: AdapterConfig
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class BoundSubject:
+    """A subject with the adapter that made it."""
+
+    subject: Subject
+    adapter: LoadedAdapter
+
+
+def load_adapter(
+    path: str, name: str, *, feature_layer: FeatureLayer | None = None, norm: Norm | None = None
+) -> LoadedAdapter:
+    """Read an adapter file in any dialect; None leaves a choice to the adapter."""
+    patcher = adapter_patcher(path)
+    config = patcher.model.config
+    config = replace(config, feature_layer=feature_layer or config.feature_layer, norm=norm or config.norm)
+    return LoadedAdapter(patcher, config, name, fingerprint(patcher.model.state_dict()))
+
+
+def adapter_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """An adapter file as a model of the host, which can make further ones for other devices by itself."""
+    state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
+    make = ModelPatcher if disable_dynamic else CoreModelPatcher
+    patcher = make(
+        adapter,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (adapter_patcher, (path,))
+    return patcher
+
+
+def bind(subject: Subject, adapter: LoadedAdapter) -> BoundSubject:
+    """Raises ValueError where another adapter made the subject."""
+    if subject.adapter != adapter.fingerprint:
+        raise ValueError(
+            f"This subject was made by another adapter ('{subject.adapter_name}', fingerprint {subject.adapter}) than "
+            f"'{adapter.name}' (fingerprint {adapter.fingerprint}). Load the adapter that made it, or encode the photo "
+            "again with this one."
+        )
+    return BoundSubject(subject, adapter)
+
+
+def nested_tokens(adapter: LoadedAdapter, features: Tensor) -> Tensor:
+    """Nested tokens [B, M, C] of image features [B, I, image_dim], in fp32 on the host's intermediate device."""
+    comfy.model_management.load_models_gpu([adapter.patcher])
+    features = features.to(adapter.patcher.load_device, torch.float32)
+    with torch.inference_mode():
+        return adapter.patcher.model.resampler(features).to(comfy.model_management.intermediate_device())
+
+
+def nested_pair(
+    adapter: NestedAdapter, layer: int, tokens: Tensor, heads: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Kn and Vn of one layer, [1, H, M, D]; projected in the tokens' fp32, kept in the model's precision."""
+    keys, values = adapter.layers[layer](tokens)
+    return split_heads(keys.to(dtype), heads), split_heads(values.to(dtype), heads)
+
+
+def file_name(path: str) -> str:
+    return Path(path).name

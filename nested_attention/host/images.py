@@ -1,0 +1,71 @@
+"""A user's picture, of any shape and kind, as the image encoder sees it."""
+
+from __future__ import annotations
+
+import comfy.clip_model
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..adapter import AdapterConfig
+
+GREY = 0.5
+ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14 (the image encoder of IP-Adapter)", 1664: "CLIP ViT-bigG/14"}
+
+
+def as_rgb(images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, H, W, C] with 1, 2, 3 or 4 channels, to RGB; what alpha or mask [B or 1, H, W] leave out becomes grey."""
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"The image is empty (its shape is {tuple(images.shape)}). Connect a picture of the subject.")
+    channels = images.shape[-1]
+    color = images[..., :3] if channels >= 3 else images[..., :1].expand(*images.shape[:3], 3)
+    keep = images[..., -1:] if channels in (2, 4) else None
+    if mask is not None and mask.max() > 0:
+        resized = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]).float(), images.shape[1:3], mode="bilinear")
+        resized = rearrange(resized, "b 1 h w -> b h w 1").to(color)
+        keep = resized if keep is None else keep * resized
+    return color if keep is None else GREY + (color - GREY) * keep
+
+
+def fit(images: Tensor, size: int, how: str) -> Tensor:
+    """RGB [B, H, W, 3] to [B, size, size, 3] by the host's own preprocessing of image encoders.
+
+    center crop: the middle square. pad: the whole picture on grey. squash: the whole picture, distorted.
+    """
+    if how == "pad":
+        h, w = images.shape[1:3]
+        left, top = (max(h, w) - w) // 2, (max(h, w) - h) // 2
+        border = (0, 0, left, max(h, w) - w - left, top, max(h, w) - h - top)
+        images = F.pad(images, border, value=GREY)
+    seen = comfy.clip_model.clip_preprocess(
+        images.float(), size=size, mean=[0, 0, 0], std=[1, 1, 1], crop=how != "squash"
+    )
+    return rearrange(seen, "b c h w -> b h w c")
+
+
+def features(clip_vision: object, seen: Tensor, config: AdapterConfig) -> Tensor:
+    """Features [B, I, image_dim] of fitted pictures. Raises ValueError where the encoder is not the adapter's."""
+    width = getattr(clip_vision, "config", {}).get("hidden_size")
+    if width is not None:
+        check_width(width, config)
+    output = clip_vision.encode_image(seen)
+    result = output.last_hidden_state if config.feature_layer == "last" else output.penultimate_hidden_states
+    check_width(result.shape[-1], config)
+    return result
+
+
+def check_width(width: int, config: AdapterConfig) -> None:
+    if width != config.image_dim:
+        needed = ENCODERS.get(config.image_dim, "another image encoder")
+        raise ValueError(
+            f"The adapter reads image features of width {config.image_dim}, the connected image encoder gives {width}"
+            f" ({ENCODERS.get(width, 'of unknown kind')}). Load {needed} with Load CLIP Vision."
+        )
+
+
+def encode(clip_vision: object, images: Tensor, mask: Tensor | None, how: str, config: AdapterConfig):
+    """What the encoder saw, [B, S, S, 3], and its features of it, [B, I, image_dim]."""
+    with torch.inference_mode():
+        seen = fit(as_rgb(images, mask), clip_vision.image_size, how)
+        return seen, features(clip_vision, seen, config)

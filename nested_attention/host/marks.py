@@ -1,0 +1,86 @@
+"""Where subjects' tokens stand in encoded text, and finding them again after other nodes changed the conditioning.
+
+Text is encoded in sections (of 77 tokens); a mark names a placeholder at a column of a section. Marks travel in the
+conditioning's dictionary. Some nodes drop that dictionary, so each pair of model and clip also shares a ledger of
+sections that hold subjects, looked up by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SAME = 0.5  # least cosine, between text states less their section's mean, of a column that was only mixed or scaled
+
+
+class Mark(NamedTuple):
+    """A subject's token: its placeholder, column in the section, weight in the prompt, and text state [C]."""
+
+    placeholder: str
+    column: int
+    weight: float
+    state: Tensor
+
+
+class Section(NamedTuple):
+    digest: str
+    length: int
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Sections that one apply node's CLIP encoded; of equal ones, that with a subject."""
+
+    sections: dict[str, Section] = field(default_factory=dict)
+
+    def add(self, sections: list[Section]) -> None:
+        for section in sections:
+            if section.marks or section.digest not in self.sections:
+                self.sections[section.digest] = section
+
+
+class Placement(NamedTuple):
+    placeholder: str
+    column: int
+    weight: float
+
+
+def digest(states: Tensor) -> str:
+    return hashlib.sha256(states.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def find_placements(context: Tensor, record: list[Section], ledger: dict[str, Section]) -> list[list[Placement]]:
+    """Subjects' columns in each row of a text context [B, T, C].
+
+    `record` is what the conditioning's dictionary says. A section found by content is certain. One that was changed
+    in place (averaged, scaled) keeps the marks whose column still resembles what was encoded; a zeroed one loses them.
+    """
+    known = {**ledger, **{section.digest: section for section in record}}
+    return [row_placements(row, known, record if len(context) == 1 else []) for row in context]
+
+
+def row_placements(context: Tensor, known: dict[str, Section], record: list[Section]) -> list[Placement]:
+    length = next((section.length for section in known.values()), len(context))
+    placements = []
+    for i, states in enumerate(context.split(length)):
+        section = known.get(digest(states))
+        if section is not None:
+            marks = section.marks
+        else:
+            marks = [mark for mark in record[i].marks if resembles(states, mark)] if i < len(record) else []
+        placements += [Placement(mark.placeholder, i * length + mark.column, mark.weight) for mark in marks]
+    return placements
+
+
+def resembles(states: Tensor, mark: Mark) -> bool:
+    if mark.column >= len(states) or not states[mark.column].any():
+        return False
+    mean = states.float().mean(0)
+    now, then = states[mark.column].float() - mean, mark.state.to(mean) - mean
+    return torch.equal(now, then) or F.cosine_similarity(now, then, dim=0).item() > SAME

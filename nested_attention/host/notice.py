@@ -1,0 +1,16 @@
+"""Words to the user while a graph runs: in the log, and on the node that they are about."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+log = logging.getLogger("nested_attention")
+
+
+def warn(text: str, node_id: str | None = None) -> None:
+    """Log a warning and, under a server, show it on the node."""
+    log.warning("Nested Attention: %s", text)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)

@@ -1,0 +1,213 @@
+"""One sampling run with subjects: all state of nested attention in the host lives and dies with it.
+
+Sampling begins: subjects' places are written beside the conditioning, nested keys and values are projected, the
+cross-attention layers are patched, all in the run's own copy of the model's options. Nothing of the model changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..adapter import NestedAdapter
+from . import KEY
+from .adapters import LoadedAdapter, nested_pair
+from .layers import Site, cross_attention_sites
+from .marks import Ledger
+from .notice import warn
+from .patch import LayerPatch
+from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_places
+
+
+@dataclass(frozen=True)
+class AppliedSubject:
+    """A subject in a model: nested tokens [1, M, C], its adapter, and what the user chose."""
+
+    placeholder: str
+    tokens: Tensor
+    adapter: LoadedAdapter
+    strength: float = 1.0
+    token_weight: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    region: Tensor | None = None
+    low_memory: bool = False
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Personalization:
+    """The subjects of a model; wraps the host's sampling (WrappersMP.OUTER_SAMPLE)."""
+
+    subjects: tuple[AppliedSubject, ...]
+    ledgers: tuple[Ledger, ...]
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        noise = args[0] if args else kwargs["noise"]
+        subjects = [s for s in self.subjects if s.strength and s.start_percent < s.end_percent]
+        guider = executor.class_obj
+        if subjects and self.write_places(guider, subjects, noise):
+            Run(guider.model_patcher, subjects).install(guider.model_options)
+        return executor(*args, **kwargs)
+
+    def write_places(self, guider: Any, subjects: list[AppliedSubject], noise: Tensor) -> bool:
+        """Write subjects' places beside every conditioning entry; whether any entry holds one."""
+        ledger = {digest: section for ledger in self.ledgers for digest, section in ledger.sections.items()}
+        found = {kind: [entry_placements(entry, ledger) for entry in entries] for kind, entries in guider.conds.items()}
+        present = {p.placeholder for rows in found.values() for entry in rows for row in entry for p in row}
+        for subject in subjects:
+            if subject.placeholder not in present:
+                warn(
+                    f"No prompt of this run holds {subject.placeholder}, so the picture does not show its subject. "
+                    f"Write {subject.placeholder} into the positive prompt, encoded with the CLIP of Apply Subject.",
+                    subject.node_id,
+                )
+        numbers = {subject.placeholder: i for i, subject in enumerate(subjects)}
+        if not present & numbers.keys():
+            return False
+        regions = region_masks(subjects, noise.shape[-2:])
+        for kind, entries in guider.conds.items():
+            guider.conds[kind] = [
+                with_places(entry, place_tensor(entry, placements, numbers), regions)
+                for entry, placements in zip(entries, found[kind], strict=True)
+            ]
+        return True
+
+
+def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tensor | None:
+    """[1, S, h, w] at the latent's size, or None where no subject has a region."""
+    if all(subject.region is None for subject in subjects):
+        return None
+    masks = [torch.ones(1, 1, *size) if s.region is None else s.region[:1, None].float() for s in subjects]
+    return torch.cat([F.interpolate(mask, size, mode="bilinear", antialias=True) for mask in masks], dim=1).clamp(0, 1)
+
+
+@dataclass
+class Run:
+    """State of one run: nested keys and values by subject, layer and device, and what was reached so far."""
+
+    model: ModelPatcher
+    subjects: list[AppliedSubject]
+    sites: list[Site] = field(init=False)
+    reached: set[int] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+    cache: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sites = cross_attention_sites(self.model.model.diffusion_model)
+        sampling = self.model.get_model_object("model_sampling")
+        self.sigmas = [tuple(map(sampling.percent_to_sigma, (s.start_percent, s.end_percent))) for s in self.subjects]
+        self.scheduled = any(s.start_percent > 0 or s.end_percent < 1 for s in self.subjects)
+        self.project()
+
+    def project(self) -> None:
+        """Project every subject's nested keys and values, before the host makes room for the UNet."""
+        eager = [i for i, subject in enumerate(self.subjects) if not subject.low_memory]
+        comfy.model_management.load_models_gpu(list({id(p): p for p in (self.patcher(i) for i in eager)}.values()))
+        progress = comfy.utils.ProgressBar(len(eager) * len(self.sites)) if eager else None
+        for subject in eager:
+            patcher = self.patcher(subject)
+            for layer in range(len(self.sites)):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                pair = self.pair(patcher.model, subject, layer, patcher.load_device)
+                self.cache[subject, layer, patcher.load_device] = pair
+                progress.update(1)
+
+    def patcher(self, subject: int) -> ModelPatcher:
+        return self.subjects[subject].adapter.patcher
+
+    def pair(self, adapter: NestedAdapter, subject: int, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        tokens = self.subjects[subject].tokens.to(device, torch.float32)
+        dtype = self.model.model.get_dtype_inference()
+        with torch.no_grad():
+            return nested_pair(adapter, layer, tokens, self.sites[layer].heads, dtype)
+
+    def nested(self, subject: int, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Kn and Vn of a subject in a layer, on the device and in the precision of its queries."""
+        if self.subjects[subject].low_memory:
+            pair = self.pair(self.resident_adapter(subject, q.device), subject, layer, q.device)
+        else:
+            key = (subject, layer, q.device)
+            if key not in self.cache:
+                self.cache[key] = tuple(
+                    x.to(q.device) for x in self.cache[subject, layer, self.patcher(subject).load_device]
+                )
+            pair = self.cache[key]
+        return tuple(x.to(q.dtype) for x in pair)
+
+    def resident_adapter(self, subject: int, device: torch.device) -> NestedAdapter:
+        """The adapter's weights that the host holds beside the model on this device (one UNet a device)."""
+        wanted = self.patcher(subject)
+        for model in (self.model, *self.model.get_additional_models_with_key("multigpu")):
+            for patcher in model.get_additional_models_with_key(KEY):
+                if patcher.clone_base_uuid == wanted.clone_base_uuid and patcher.load_device == device:
+                    return patcher.model
+        return wanted.model
+
+    def install(self, model_options: dict[str, Any]) -> None:
+        """Patch the layers in the run's own copy of the model's options, around whatever other packs put there."""
+        options = model_options["transformer_options"]
+        replace = options["patches_replace"] = {**options.get("patches_replace", {})}
+        there = replace.get("attn2", {})
+        layers = {
+            site.key: LayerPatch(self, index, there.get(site.key, there.get(site.key[:2])))
+            for index, site in enumerate(self.sites)
+        }
+        replace["attn2"] = {**there, **layers}
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
+
+    def apply_model(self, executor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Wraps each call of the UNet: turns the batch's tensor of places into a layout for the layers."""
+        places, regions = kwargs.pop(KEY, None), kwargs.pop(REGION_KEY, None)
+        if places is None:
+            self.say("Another node calls the model without its conditioning, so the subjects do not show there.")
+            return executor(*args, **kwargs)
+        # transformer_options is the sixth argument of the host's apply_model.
+        options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
+        layout = read_layout(places, regions, self.active(options))
+        options = {**options, KEY: layout}
+        if len(args) > 5:
+            args = (*args[:5], options, *args[6:])
+        else:
+            kwargs["transformer_options"] = options
+        result = executor(*args, **kwargs)
+        if layout.groups:
+            self.check_reached()
+        return result
+
+    def active(self, options: dict[str, Any]) -> list[int]:
+        """Subjects whose range of steps holds this one; asks the device for the sigma only where one has a range."""
+        if not self.scheduled:
+            return list(range(len(self.subjects)))
+        sigma = float(options["sigmas"].max())
+        return [i for i, (start, end) in enumerate(self.sigmas) if end <= sigma <= start]
+
+    def check_reached(self) -> None:
+        missing = [str(site) for i, site in enumerate(self.sites) if i not in self.reached]
+        if missing and "aside" not in self.said:
+            self.say(
+                f"{len(missing)} of {len(self.sites)} cross-attention layers were not reached, so the subject is "
+                f"weaker than it should be: {'; '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. Another node "
+                "replaces attention there."
+            )
+
+    def stand_aside(self, rows: int, columns: int, layout: Layout) -> None:
+        self.say(
+            f"Another node rearranges attention to {rows} rows of {columns} text tokens where the batch has "
+            f"{layout.rows} of {layout.columns}. The subjects cannot be placed there: use one or the other.",
+            once="aside",
+        )
+
+    def say(self, text: str, once: str | None = None) -> None:
+        if (once or text) not in self.said:
+            self.said.add(once or text)
+            warn(text, self.subjects[0].node_id)

@@ -1,0 +1,112 @@
+"""Subjects' places survive what nodes do to conditionings, and vanish where the subject does."""
+
+from __future__ import annotations
+
+import comfy.hooks
+import torch
+from comfy_extras.nodes_hooks import SetClipHooks
+from equations import Stands
+from sampling import PLAIN, PROMPT, check, close, encode, sample, text_of
+
+from nested_attention.host.marks import find_placements
+from nodes import ConditioningAverage, ConditioningConcat, ConditioningZeroOut
+
+
+def test_concat_both_ways(applied, base_model, sites, person):
+    """Concatenation keeps the first dictionary and drops the second's."""
+    model, clip = applied
+    subject, plain, negative = (encode(clip, text) for text in (PROMPT, "on a sunny day", "bad"))
+    for first, second, column in ((subject, plain, 2), (plain, subject, 79)):
+        (positive,) = ConditioningConcat().concat(first, second)
+        texts = [(text_of(positive), [Stands(person, (column,))])]
+        check(model, base_model, sites, texts, positive, negative)
+
+
+def test_average(applied, base_model, sites, person, caplog):
+    model, clip = applied
+    subject, plain, negative = (encode(clip, text) for text in (PROMPT, "the red car at night", "bad"))
+    (mixed,) = ConditioningAverage().addWeighted(subject, plain, 0.8)
+    check(model, base_model, sites, [(text_of(mixed), [Stands(person, (2,))])], mixed, negative)
+    (none,) = ConditioningAverage().addWeighted(subject, plain, 0.0)
+    assert torch.equal(text_of(none), text_of(plain))
+    close(sample(model, none, negative), sample(base_model, none, negative))
+    assert "holds <person>" in caplog.text
+
+
+def test_zeroed_negative(applied, base_model, sites, person):
+    model, clip = applied
+    positive = encode(clip, PROMPT)
+    (negative,) = ConditioningZeroOut().zero_out(positive)
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+
+
+def test_conditioning_without_its_dictionary(applied, base_model, sites, person):
+    """Nodes of the old style keep the text state and the pooled output alone."""
+    model, clip = applied
+    state, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
+    positive = [[state, {"pooled_output": pooled}]]
+    check(model, base_model, sites, [(state[0], [Stands(person, (2,))])], positive, encode(clip, "bad"))
+
+
+def test_scheduled_clip_hooks(applied, base_model, sites, person):
+    """Encoding under scheduled hooks keeps the text state and the pooled output alone, too."""
+    model, clip = applied
+    hooks = comfy.hooks.create_hook_lora({}, 1.0, 1.0)
+    (hooked,) = SetClipHooks().apply_hooks(clip, schedule_clip=True, apply_to_conds=False, hooks=hooks)
+    positive = encode(hooked, PROMPT)
+    assert "clip_start_percent" in positive[0][1] and "nested_attention" not in positive[0][1]
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+    check(model, base_model, sites, texts, positive, encode(clip, "bad"))
+
+
+def test_text_from_the_unpatched_clip_is_no_subject(applied, base_model, base_clip):
+    model, _ = applied
+    positive, negative = encode(base_clip, PROMPT), encode(base_clip, "bad")
+    assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
+
+
+def test_plain_row_in_a_batch_of_texts_is_known(applied):
+    _, clip = applied
+    subject, plain = encode(clip, PROMPT), encode(clip, "a cat")
+    record = subject[0][1]["nested_attention"]
+    rows = torch.cat([plain[0][0], subject[0][0]])
+    assert [[p.column for p in row] for row in find_placements(rows, record, {})] == [[], [2]]
+
+
+def test_tiles_with_a_batch(applied, base_model, sites, person):
+    """Tiling packs wrap the UNet call, slice the latent and repeat the conditioning."""
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+
+    def tiled(apply_model, args):
+        x, c = args["input"], args["c"]
+        tiles = torch.cat([x[..., :2], x[..., 2:]])
+        repeated = {k: torch.cat([v, v]) if torch.is_tensor(v) else v for k, v in c.items()}
+        out = apply_model(tiles, torch.cat([args["timestep"]] * 2), **repeated)
+        return torch.cat(out.chunk(2), dim=-1)
+
+    model, base_model = model.clone(), base_model.clone()
+    for each in (model, base_model):
+        each.set_model_unet_function_wrapper(tiled)
+    check(model, base_model, sites, texts, positive, negative)
+
+
+def test_wrapper_that_drops_the_places_warns(applied, base_model, caplog):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    keep = ("c_crossattn", "y", "transformer_options")
+    model.set_model_unet_function_wrapper(
+        lambda apply_model, args: apply_model(
+            args["input"], args["timestep"], **{k: v for k, v in args["c"].items() if k in keep}
+        )
+    )
+    assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
+    assert caplog.text.count("without its conditioning") == 1
+
+
+def test_missing_placeholder_warns(applied, base_model, caplog):
+    model, clip = applied
+    positive, negative = encode(clip, PLAIN), encode(clip, "bad")
+    assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
+    assert "No prompt of this run holds <person>" in caplog.text

@@ -1,0 +1,220 @@
+"""Other packs at the same attention layers: their effect stays, ours is added, in whatever order they come."""
+
+from __future__ import annotations
+
+import comfy.ldm.modules.attention as host_attention
+import pytest
+import torch
+from equations import Stands, expected_model
+from sampling import PROMPT, check, close, encode, guide, run, sample, text_of
+
+from nested_attention.host.apply import apply_subject
+
+
+class IdentityPatch:
+    """Another identity pack's patch object, in the convention of that field: it adds, and lets others `.add`."""
+
+    def __init__(self, callback, **kwargs):
+        self.callbacks = [(callback, kwargs)]
+
+    def add(self, callback, **kwargs):
+        self.callbacks.append((callback, kwargs))
+
+    def __call__(self, q, k, v, extra_options):
+        out = host_attention.optimized_attention(q, k, v, extra_options["n_heads"])
+        for callback, kwargs in self.callbacks:
+            out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+
+def drift(out, q, k, v, extra_options, amount):
+    return amount * torch.tanh(q)
+
+
+def with_identity_pack(model, sites, amount, keys=lambda site: site.key):
+    """As that pack patches: a new object at each key, or `.add` where there is one."""
+    model = model.clone()
+    there = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+    for site in sites:
+        key = keys(site)
+        if key in there:
+            there[key].add(drift, amount=amount)
+        else:
+            model.set_model_attn2_replace(IdentityPatch(drift, amount=amount), *key)
+    return model
+
+
+@pytest.fixture
+def plain_expected(base_model, sites):
+    """The equations plus that pack's addition."""
+
+    def make(texts):
+        model = expected_model(base_model, sites, texts)
+        patches = model.model_options["transformer_options"]["patches_replace"]["attn2"]
+        for key, attend in list(patches.items()):
+            patches[key] = lambda q, k, v, o, attend=attend: attend(q, k, v, o) + drift(None, q, k, v, o, 0.3)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("keys", ["each transformer", "each block"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_identity_pack(base_model, base_clip, sites, person, plain_expected, order, keys):
+    key = (lambda site: site.key) if keys == "each transformer" else (lambda site: site.key[:2])
+    chosen = sites if keys == "each transformer" else list({site.key[:2]: site for site in sites}.values())
+    if order == "before":
+        base = with_identity_pack(base_model, chosen, 0.3, key)
+        model, clip = apply_subject(base, base_clip, person, placeholder="<person>")
+    else:
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>")
+        model = with_identity_pack(model, chosen, 0.3, key)
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    expected = plain_expected([(text_of(positive), [Stands(person, (2,))])])
+    close(sample(model, positive, negative), sample(expected, positive, negative))
+
+
+def test_identity_pack_between_two_subjects(base_model, base_clip, sites, person, other, plain_expected):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>")
+    model = with_identity_pack(model, sites, 0.3)
+    model, clip = apply_subject(model, clip, other, placeholder="<dog>", class_word="dog")
+    positive, negative = encode(clip, "<person> and <dog>"), encode(clip, "bad")
+    expected = plain_expected([(text_of(positive), [Stands(person, (1,)), Stands(other, (3,))])])
+    close(sample(model, positive, negative), sample(expected, positive, negative))
+
+
+def test_pack_that_adds_to_our_patch_while_sampling(applied, base_model, sites, person, plain_expected):
+    """Our patch stands at the layers only during a run; whoever finds it there can add to it as to any other."""
+    model, clip = applied
+
+    def late(executor, *args, **kwargs):
+        for patch in executor.class_obj.model_options["transformer_options"]["patches_replace"]["attn2"].values():
+            patch.add(drift, amount=0.3)
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key("outer_sample", "late", late)
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    expected = sample(plain_expected([(text_of(positive), [Stands(person, (2,))])]), positive, negative)
+    for _ in range(2):
+        close(sample(model, positive, negative), expected)
+
+
+def test_their_stored_tensors_stay_untouched(applied, base_model, sites):
+    """A patch may hand out a tensor that it keeps."""
+    model, clip = applied
+    kept = {}
+
+    def constant(q, k, v, extra_options):
+        return kept.setdefault(q.shape, torch.ones_like(q))
+
+    model = model.clone()
+    model.set_model_attn2_replace(constant, *sites[0].key)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert all(torch.equal(x, torch.ones_like(x)) for x in kept.values())
+
+
+def test_attention_override_is_kept(applied, base_model, sites, person):
+    """The user's choice of attention, as a backend override, serves the text attention of every layer."""
+    model, clip = applied
+    calls = []
+
+    def override(function, *args, **kwargs):
+        calls.append(kwargs.get("transformer_options", {}).get("block"))
+        return host_attention.attention_basic(*args, **kwargs)
+
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+    assert len(calls) == 2 * 2 * len(sites) and None not in calls  # self- and cross-attention in two steps
+
+
+@pytest.mark.parametrize("backend", ["attention_pytorch", "attention_split", "attention_sub_quad", "attention_basic"])
+def test_every_backend(applied, base_model, sites, person, backend, monkeypatch):
+    model, clip = applied
+    monkeypatch.setattr(host_attention, "optimized_attention", getattr(host_attention, backend))
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+
+
+def test_rows_without_subject_are_the_hosts_bit_for_bit(applied, base_model, monkeypatch):
+    """With the host's fused kernel, the negative's prediction is the very tensor of an unpatched model."""
+    monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)
+    monkeypatch.setattr(host_attention, "optimized_attention_masked", host_attention.attention_pytorch)
+    model, clip = applied
+    negatives = {}
+    for name, each in (("ours", model.clone()), ("plain", base_model.clone())):
+        each.set_model_sampler_post_cfg_function(
+            lambda args, name=name: negatives.setdefault(name, args["uncond_denoised"].clone()) * 0 + args["denoised"]
+        )
+        sample(each, encode(clip, PROMPT), encode(clip, "bad"))
+    assert torch.equal(negatives["ours"], negatives["plain"])
+
+
+def rearranged(model, rows=1, columns=1):
+    """A pack that multiplies rows (regional prompts) or interleaves key and value columns in attention."""
+    model = model.clone()
+
+    def patch(n, context, value, extra_options):
+        return n.repeat(rows, 1, 1), context.repeat(rows, columns, 1), value.repeat(rows, columns, 1)
+
+    def undo(n, extra_options):
+        return n.chunk(rows)[0]
+
+    model.set_model_attn2_patch(patch)
+    model.set_model_attn2_output_patch(undo)
+    return model
+
+
+@pytest.mark.parametrize("change", [{"rows": 2}, {"columns": 2}])
+def test_rearranged_attention_is_left_alone(applied, base_model, change, caplog):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    out = sample(rearranged(model, **change), positive, negative)
+    close(out, sample(rearranged(base_model, **change), positive, negative))
+    assert caplog.text.count("rearranges attention") == 1
+    assert "not reached" not in caplog.text
+
+
+def test_layers_that_another_node_takes_over_are_named(applied, sites, caplog):
+    model, clip = applied
+
+    def takeover(executor, *args, **kwargs):
+        options = executor.class_obj.model_options["transformer_options"]["patches_replace"]["attn2"]
+        options[sites[3].key] = lambda q, k, v, extra: q
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key("outer_sample", "takeover", takeover)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert caplog.text.count("1 of") == 1 and str(sites[3]) in caplog.text
+
+
+def test_every_layer_once_and_none_twice(applied, sites, monkeypatch):
+    from nested_attention.host.patch import LayerPatch
+
+    seen = []
+    original = LayerPatch.attend_personalized
+    monkeypatch.setattr(
+        LayerPatch, "attend_personalized", lambda self, *args: seen.append(self.index) or original(self, *args)
+    )
+    model, clip = applied
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert sorted(seen) == sorted([*range(len(sites))] * 2)
+
+
+def test_nothing_happens_inside_a_controlnet(applied, base_model, sites, person):
+    """A ControlNet has a UNet of its own with the same text: no layer of it is personalised."""
+    from small_models import make_controlnet
+
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+    control = make_controlnet().copy().set_cond_hint(torch.rand(1, 3, 32, 32), 0.7, (0.0, 1.0))
+    with_control = [
+        [[c[0], {**c[1], "control": control, "control_apply_to_uncond": False}]] for c in (positive[0], negative[0])
+    ]
+    actual = run(guide(model, *with_control))
+    close(actual, run(guide(expected_model(base_model, sites, texts), *with_control)))
+    assert not torch.allclose(actual, sample(model, positive, negative), rtol=1e-2)

@@ -1,0 +1,274 @@
+"""Sampling with subjects, in each situation of the host, equals the equations written out."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import node_helpers
+import pytest
+import torch
+from equations import Stands, expected_model
+from sampling import (
+    PLAIN,
+    PROMPT,
+    SIGMAS,
+    check,
+    close,
+    count_calls,
+    encode,
+    guide,
+    noise,
+    run,
+    sample,
+    text_of,
+)
+
+from nested_attention.host.apply import apply_subject
+
+
+@pytest.fixture
+def couple(applied, other):
+    """Two subjects, the second with a class word of its own."""
+    model, clip = apply_subject(*applied, other, placeholder="<dog>", class_word="dog")
+    return model, clip
+
+
+def test_one_subject(applied, base_model, base_clip, sites, person):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad anatomy")
+    out = check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+    assert not torch.allclose(out, sample(base_model, positive, negative), rtol=1e-2)
+
+
+def test_text_is_the_class_words_bit_for_bit(applied, base_clip):
+    ours, plain = encode(applied[1], PROMPT), encode(base_clip, PLAIN)
+    assert torch.equal(ours[0][0], plain[0][0])
+    assert torch.equal(ours[0][1]["pooled_output"], plain[0][1]["pooled_output"])
+
+
+def test_two_subjects(couple, base_model, sites, person, other):
+    model, clip = couple
+    positive, negative = encode(clip, "<person> walking a <dog>"), encode(clip, "")
+    texts = [(text_of(positive), [Stands(person, (1,)), Stands(other, (4,))])]
+    check(model, base_model, sites, texts, positive, negative)
+
+
+def test_subject_in_the_negative_alone(applied, base_model, sites, person):
+    model, clip = applied
+    positive, negative = encode(clip, "a park"), encode(clip, PROMPT)
+    check(model, base_model, sites, [(text_of(negative), [Stands(person, (2,))])], positive, negative)
+
+
+def test_negative_of_the_same_words_stays_plain(applied, base_model, base_clip, sites, person):
+    """'a person in a park' has the very text state of 'a <person> in a park', and is no subject."""
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, PLAIN)
+    assert torch.equal(text_of(positive), text_of(negative))
+    wrong = sample(expected_model(base_model, sites, [(text_of(positive), [Stands(person, (2,))])]), positive, negative)
+    mixed = sample(model, positive, negative)
+    assert not torch.allclose(mixed, wrong, rtol=1e-2)
+    close(sample(model, negative, negative), sample(base_model, negative, negative))
+
+
+@pytest.mark.parametrize("sampled", ["positive first", "negative first"])
+def test_order_of_the_batch(applied, base_model, sites, person, sampled, monkeypatch):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+    if sampled == "negative first":  # a guider of the field that lists its conditionings the other way
+        original = comfy.samplers.calc_cond_batch
+        monkeypatch.setattr(
+            comfy.samplers,
+            "calc_cond_batch",
+            lambda model, conds, *args: original(model, conds[::-1], *args)[::-1],
+        )
+    check(model, base_model, sites, texts, positive, negative)
+
+
+def test_chunks_split_by_memory(applied, base_model, sites, person, monkeypatch):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    whole = sample(model, positive, negative)
+    monkeypatch.setattr(type(model), "get_free_memory", lambda self, device: 0)
+    calls = count_calls(model)
+    close(sample(model, positive, negative), whole)
+    assert calls == [1, 1, 1, 1]
+
+
+def test_cond_and_uncond_stay_one_batch(applied):
+    model, clip = applied
+    calls = count_calls(model)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert calls == [2, 2]
+
+
+def test_cfg_one(applied, base_model, sites, person):
+    model, clip = applied
+    positive = encode(clip, PROMPT)
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, encode(clip, ""), cfg=1.0)
+
+
+def test_latent_batch_of_four(applied, base_model, sites, person):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+    check(model, base_model, sites, texts, positive, negative, latent=noise(batch=4, size=(4, 4)))
+
+
+def test_dual_cfg(couple, base_model, sites, person, other):
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    model, clip = couple
+    conds = [encode(clip, text) for text in ("a <person>", "some <dog> here", "bad")]
+    texts = [(text_of(conds[0]), [Stands(person, (2,))]), (text_of(conds[1]), [Stands(other, (2,))])]
+
+    def out(model):
+        guider = Guider_DualCFG(model)
+        guider.set_conds(*conds)
+        guider.set_cfg(3.0, 2.0)
+        return run(guider)
+
+    close(out(model), out(expected_model(base_model, sites, texts)))
+
+
+def test_perp_neg(applied, base_model, sites, person):
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    model, clip = applied
+    conds = [encode(clip, text) for text in (PROMPT, "bad", "")]
+
+    def out(model):
+        guider = Guider_PerpNeg(model)
+        guider.set_conds(*conds)
+        guider.set_cfg(3.0, 1.0)
+        return run(guider)
+
+    close(out(model), out(expected_model(base_model, sites, [(text_of(conds[0]), [Stands(person, (2,))])])))
+
+
+def test_combined_conditionings(couple, base_model, sites, person, other):
+    model, clip = couple
+    a, b = encode(clip, PROMPT), encode(clip, "the <dog>")
+    texts = [(text_of(a), [Stands(person, (2,))]), (text_of(b), [Stands(other, (2,))])]
+    check(model, base_model, sites, texts, a + b, encode(clip, "bad"))
+
+
+AREAS = {
+    "area": {"area": (4, 8, 4, 0), "strength": 1.0},
+    "percentage": {"area": ("percentage", 0.5, 1.0, 0.5, 0.0), "strength": 1.0},
+    "mask": {"mask": torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], dim=2), "set_area_to_bounds": False},
+    "mask to bounds": {"mask": torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], 2), "set_area_to_bounds": True},
+    "timestep range": {"start_percent": 0.0, "end_percent": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", AREAS)
+def test_areas_masks_and_timesteps(couple, base_model, sites, person, other, kind):
+    """With areas the host copies the positive entry into the negative list, with the negative's text."""
+    model, clip = couple
+    a, b, negative = encode(clip, PROMPT), encode(clip, "the <dog>"), encode(clip, "bad")
+    texts = [(text_of(a), [Stands(person, (2,))]), (text_of(b), [Stands(other, (2,))])]
+    positive = node_helpers.conditioning_set_values(a, AREAS[kind]) + b
+    check(model, base_model, sites, texts, positive, negative, latent=noise(size=(8, 8)))
+
+
+LONG = ", ".join(["a detailed photo"] * 26)  # two sections of 77 tokens
+LONGER = ", ".join(["a detailed photo"] * 130)  # seven
+
+
+@pytest.mark.parametrize("negative, length", [(LONG, 154), (LONGER, 539)])
+def test_texts_of_different_length(applied, base_model, sites, person, negative, length):
+    """The host repeats a short text beside a long one: the subject stands in every copy."""
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, negative)
+    assert negative[0][0].shape[1] == length
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+
+
+def test_subject_in_a_later_section(applied, base_model, sites, person):
+    model, clip = applied
+    positive = encode(clip, LONG + ", and a <person>")
+    column = 77 + position(clip, LONG + ", and a <person>")[1]
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (column,))])], positive, encode(clip, "bad"))
+
+
+def position(clip, text):
+    """Section and column of the subject in the tokens."""
+    sections = clip.tokenize(text)["l"]
+    found = [(i, j) for i, s in enumerate(sections) for j, t in enumerate(s) if hasattr(t[0], "nested_placeholder")]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_chunk_border(applied, base_model, sites, person):
+    """75 words fill a section: with one more before it, the subject moves to the next."""
+    model, clip = applied
+    for words, place in ((74, (0, 75)), (75, (1, 1))):
+        text = "cat " * words + "<person>"
+        # Weighted, the placeholder is a segment of its own; the host then breaks the section before it.
+        text = text.replace("<person>", "(<person>:1.0)")
+        assert position(clip, text) == place
+        positive = encode(clip, text)
+        column = 77 * place[0] + place[1]
+        check(model, base_model, sites, [(text_of(positive), [Stands(person, (column,))])], positive, encode(clip, ""))
+
+
+def test_placeholder_twice(applied, base_model, sites, person):
+    model, clip = applied
+    positive = encode(clip, "<person> and <person>")
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (1, 3))])], positive, encode(clip, ""))
+
+
+def test_weight_on_the_placeholder_is_strength(applied, base_model, base_clip, sites, person):
+    model, clip = applied
+    positive = encode(clip, "a (<person>:1.3) in a park")
+    assert torch.equal(text_of(positive), text_of(encode(base_clip, PLAIN)))
+    check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,), 1.3)])], positive, encode(clip, ""))
+    both = encode(clip, "(<person>:0.5) and (<person>:1.3)")
+    stands = [Stands(person, (1,), 0.5), Stands(person, (3,), 1.3)]
+    check(model, base_model, sites, [(text_of(both), stands)], both, encode(clip, ""))
+
+
+def test_strength_and_token_weight(base_model, base_clip, sites, person):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", strength=0.7, token_weight=1.8)
+    positive = encode(clip, PROMPT)
+    texts = [(text_of(positive), [Stands(person, (2,), 0.7, 1.8)])]
+    check(model, base_model, sites, texts, positive, encode(clip, ""))
+
+
+def test_batched_prompts(couple, base_model, sites, person, other):
+    """One conditioning with a text for each latent, as batch-prompt nodes make it."""
+    model, clip = couple
+    a, b, c = (encode(clip, text) for text in (PROMPT, "the <dog>", "nobody"))
+    texts = [(text_of(a), [Stands(person, (2,))]), (text_of(b), [Stands(other, (2,))])]
+    positive = [[torch.cat([x[0][0] for x in (a, b, c)]), dict(a[0][1])]]
+    check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=noise(batch=3, size=(4, 4)))
+
+
+def test_refiner_style_two_samplers(applied, base_model, sites, person):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+    expected = expected_model(base_model, sites, texts)
+
+    def both(first, second):
+        middle = run(guide(first, positive, negative), sigmas=torch.tensor([4.0, 1.0]))
+        return run(guide(second, positive, negative), latent=middle, sigmas=torch.tensor([1.0, 0.0]))
+
+    close(both(model, model), both(expected, expected))
+    close(both(model, base_model), both(expected, base_model))
+
+
+def test_range_of_steps(base_model, base_clip, sites, person):
+    """From 0 to 50 percent: the first step (sigma 4 is before the middle) has the subject, the last has not."""
+    sampling = base_model.get_model_object("model_sampling")
+    middle = sampling.percent_to_sigma(0.5)
+    assert SIGMAS[0] > middle > SIGMAS[1]
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", end_percent=0.5)
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    expected = expected_model(base_model, sites, [(text_of(positive), [Stands(person, (2,))])])
+    halfway = run(guide(expected, positive, negative), sigmas=SIGMAS[:2])
+    close(run(guide(model, positive, negative), sigmas=SIGMAS[:2]), halfway)
+    latter = SIGMAS[1:]
+    close(
+        run(guide(model, positive, negative), sigmas=latter), run(guide(base_model, positive, negative), sigmas=latter)
+    )

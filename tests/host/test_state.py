@@ -1,0 +1,128 @@
+"""Nothing of the incoming model changes, nothing piles up, nothing outlives its run."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import pytest
+import torch
+from sampling import PROMPT, close, encode, sample
+
+from nested_attention.host import adapters
+from nested_attention.host.apply import apply_subject
+
+
+def snapshot(options):
+    if isinstance(options, dict):
+        return {key: snapshot(value) for key, value in options.items()}
+    return [*map(snapshot, options)] if isinstance(options, list) else id(options)
+
+
+def test_the_incoming_model_and_clip_are_untouched(base_model, base_clip, person):
+    before = snapshot(base_model.model_options), snapshot(base_model.wrappers), dict(base_clip.patcher.object_patches)
+    tokenizer = base_clip.tokenizer
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>")
+    options = snapshot(model.model_options)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    after = snapshot(base_model.model_options), snapshot(base_model.wrappers), dict(base_clip.patcher.object_patches)
+    assert before == after and base_clip.tokenizer is tokenizer
+    assert snapshot(model.model_options) == options
+
+
+def test_queued_three_times_with_a_changed_strength(base_model, base_clip, person):
+    """As the host re-runs a graph: the loaders' outputs are cached, the apply node runs anew."""
+
+    def queue(strength):
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", strength=strength)
+        return sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+
+    first, changed, again = queue(1.0), queue(0.4), queue(1.0)
+    assert torch.equal(first, again) and not torch.allclose(first, changed, rtol=1e-2)
+    assert torch.equal(
+        queue(0.0), sample(base_model, encode(base_clip, "a person in a park"), encode(base_clip, "bad"))
+    )
+
+
+def test_same_model_sampled_three_times(applied):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    results = [sample(model, positive, negative) for _ in range(3)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_bypassed_is_the_host(applied, base_model, base_clip):
+    plain = encode(base_clip, "a person in a park"), encode(base_clip, "bad")
+    before = sample(base_model, *plain)
+    model, clip = applied
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert torch.equal(sample(base_model, *plain), before)
+
+
+def test_interrupted_run_leaves_no_trace(applied):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    expected = sample(model, positive, negative)
+    interrupted = model.clone()
+
+    def interrupt(executor, *args, **kwargs):
+        executor(*args, **kwargs)
+        raise comfy.model_management.InterruptProcessingException()
+
+    interrupted.add_wrapper_with_key("apply_model", "interrupt", interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(interrupted, positive, negative)
+    assert torch.equal(sample(model, positive, negative), expected)
+
+
+def test_interrupt_while_projecting(applied):
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(model, positive, negative)
+
+
+def test_projected_once_a_run(applied, sites, monkeypatch):
+    counted = count_projections(monkeypatch)
+    model, clip = applied
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert sorted(counted) == [*range(len(sites))]
+
+
+def count_projections(monkeypatch):
+    layers = []
+    original = adapters.nested_pair
+    monkeypatch.setattr(
+        "nested_attention.host.run.nested_pair",
+        lambda adapter, layer, *rest: layers.append(layer) or original(adapter, layer, *rest),
+    )
+    return layers
+
+
+def test_low_memory_gives_the_same_and_projects_each_step(base_model, base_clip, sites, person, monkeypatch):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>")
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    expected = sample(model, positive, negative)
+    low, _ = apply_subject(base_model, base_clip, person, placeholder="<person>", low_memory=True)
+    counted = count_projections(monkeypatch)
+    close(sample(low, positive, negative), expected)
+    assert sorted(counted) == sorted([*range(len(sites))] * 2)
+
+
+def test_the_host_manages_the_adapters_weights(base_model, base_clip, person):
+    """In low-memory mode the adapter is loaded beside the model in every run; unloading all frees it."""
+    patcher = person.adapter.patcher
+    low, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", low_memory=True)
+    assert any(patcher.is_clone(model) for model in low.get_nested_additional_models())
+    sample(low, encode(clip, PROMPT), encode(clip, "bad"))
+    assert any(patcher.is_clone(loaded.model) for loaded in comfy.model_management.current_loaded_models)
+    comfy.model_management.unload_all_models()
+    assert not any(patcher.is_clone(loaded.model) for loaded in comfy.model_management.current_loaded_models)
+    sample(low, encode(clip, PROMPT), encode(clip, "bad"))
+
+
+def test_an_adapter_for_each_device(adapter, tmp_path):
+    """With several GPUs the host makes further copies of the adapter from its file by itself."""
+    copy = adapter.patcher.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    assert copy.model is not adapter.patcher.model and copy.clone_base_uuid == adapter.patcher.clone_base_uuid
+    for mine, theirs in zip(copy.model.parameters(), adapter.patcher.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

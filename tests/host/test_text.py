@@ -1,0 +1,157 @@
+"""Any text node understands the placeholder, and says clearly what it cannot place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
+from sampling import encode
+
+from nested_attention.host.apply import apply_subject
+from nodes import CLIPTextEncode
+
+
+@pytest.fixture
+def clip(base_model, base_clip, person):
+    return apply_subject(base_model, base_clip, person, placeholder="<person>")[1]
+
+
+def apply(base_model, clip, person, **choices):
+    return apply_subject(base_model, clip, person, **{"placeholder": "<anna>", **choices})[1]
+
+
+def columns(conditioning):
+    sections = conditioning[0][1]["nested_attention"]
+    return [(i, mark.placeholder, mark.column, mark.weight) for i, s in enumerate(sections) for mark in s.marks]
+
+
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ("<person>", (1, 1.0)),
+        ("a <person>, smiling", (2, 1.0)),
+        ("the <person>'s hat", (2, 1.0)),
+        ("(<person>:1.3) here", (1, 1.3)),
+        ("((a <person>) here:0.5)", (2, 0.55)),
+        ("zebra and tulip with <person>", (5, 1.0)),
+        ("x<person>y", (2, 1.0)),
+    ],
+)
+def test_column(clip, text, place):
+    ((section, placeholder, column, weight),) = columns(encode(clip, text))
+    assert (section, placeholder, column) == (0, "<person>", place[0])
+    assert weight == pytest.approx(place[1])
+
+
+def test_core_text_nodes(clip):
+    assert columns(CLIPTextEncode().encode(clip, "a <person>")[0]) == [(0, "<person>", 2, 1.0)]
+    sdxl = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
+    both = CLIPTextEncodeSDXL.execute(clip=clip, text_g="a <person> here", text_l="the <person>", **sdxl)[0]
+    assert columns(both) == [(0, "<person>", 2, 1.0)]
+    one = CLIPTextEncodeSDXL.execute(clip=clip, text_g="a <person>", text_l="", **sdxl)[0]
+    assert columns(one) == [(0, "<person>", 2, 1.0)]
+    with pytest.raises(ValueError, match="different columns .*CLIP-G: <person> at 2.*CLIP-L: <person> at 4"):
+        CLIPTextEncodeSDXL.execute(clip=clip, text_g="a <person>", text_l="here is a <person>", **sdxl)
+
+
+def test_word_ids_keep_their_form(clip):
+    tokens = clip.tokenize("a <person>", return_word_ids=True)["l"][0]
+    assert [len(t) for t in tokens[:4]] == [3, 3, 3, 3]
+
+
+def test_whole_words_only(base_model, base_clip, person):
+    clip = apply(base_model, base_clip, person, placeholder="anna")
+    assert columns(encode(clip, "annabel and banana")) == []
+    assert len(columns(encode(clip, "anna and annabel"))) == 1
+
+
+def test_longest_placeholder_wins(base_model, base_clip, person, other):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<a>")
+    _, clip = apply_subject(model, clip, other, placeholder="<a>b", class_word="dog")
+    assert columns(encode(clip, "<a>b and <a>")) == [(0, "<a>b", 1, 1.0), (0, "<a>", 3, 1.0)]
+
+
+def test_class_word(base_model, base_clip, person):
+    clip = apply(base_model, base_clip, person, class_word="woman")
+    assert torch.equal(encode(clip, "an <anna>")[0][0], encode(base_clip, "an woman")[0][0])
+    with pytest.raises(ValueError, match=r"'firefighter girl' is 2 \('firefighter' \+ 'girl'\)"):
+        apply(base_model, base_clip, person, class_word="firefighter girl")
+
+
+@pytest.mark.parametrize("placeholder", ["", "two words", "a,b", "(a)", "x:y"])
+def test_unusable_placeholder(base_model, base_clip, person, placeholder):
+    with pytest.raises(ValueError, match="cannot be a placeholder"):
+        apply(base_model, base_clip, person, placeholder=placeholder)
+
+
+def test_taken_placeholder(base_model, base_clip, person, other):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>")
+    with pytest.raises(ValueError, match="<person> is already taken"):
+        apply_subject(model, clip, other, placeholder="<person>")
+    with pytest.raises(ValueError, match="model already has a subject <person>"):
+        apply_subject(model, base_clip, other, placeholder="<person>")
+
+
+def test_survives_a_lora_loader(clip, base_clip):
+    key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    weight = base_clip.cond_stage_model.state_dict()[key]
+    patch = {key: ("diff", (torch.randn_like(weight),))}
+    after, plain = clip.clone(), base_clip.clone()
+    for each in (after, plain):
+        assert each.add_patches(patch, 1.0) == [key]
+    ours = encode(after, "a <person>")
+    assert columns(ours) == [(0, "<person>", 2, 1.0)]
+    assert torch.equal(ours[0][0], encode(plain, "a person")[0][0])
+    assert not torch.equal(ours[0][0], encode(clip, "a <person>")[0][0])
+
+
+def test_patched_and_plain_clip_take_turns(clip, base_clip):
+    """The host patches one module for all clones: each must find its own function there."""
+    for _ in range(2):
+        assert columns(encode(clip, "a <person>")) == [(0, "<person>", 2, 1.0)]
+        assert "nested_attention" not in encode(base_clip, "a <person>")[0][1]
+
+
+class TestTextualInversion:
+    """An embedding file for one encoder only, as SD 1.5 embeddings are: the other encoder drops its vectors."""
+
+    @pytest.fixture
+    def with_embedding(self, clip, tmp_path, monkeypatch):
+        torch.save({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 32)}, tmp_path / "style.pt")
+        for encoder, width in ((clip.tokenizer.clip_l, 32), (clip.tokenizer.clip_g, 64)):
+            monkeypatch.setattr(encoder, "embedding_directory", [str(tmp_path)])
+            monkeypatch.setattr(encoder, "embedding_size", width)
+        return clip
+
+    def test_after_the_subject_it_is_fine(self, with_embedding):
+        assert columns(encode(with_embedding, "a <person> in embedding:style")) == [(0, "<person>", 2, 1.0)]
+
+    def test_before_the_subject_it_is_an_error(self, with_embedding):
+        with pytest.raises(ValueError, match="different columns .*an embedding before it"):
+            encode(with_embedding, "embedding:style a <person>")
+
+
+def test_learned_vectors(base_model, base_clip, tmp_path, sites, person):
+    """An adapter may bring embeddings of its own for the token: equal to the table's row they change nothing."""
+    from small_models import make_adapter, make_subject
+
+    from nested_attention.host.adapters import load_adapter
+
+    path = make_adapter(tmp_path / "learned.safetensors", sites, embeddings={"l": 32, "g": 64})
+    adapter = load_adapter(str(path), path.name)
+    word = base_clip.tokenizer.clip_l.tokenizer("person")["input_ids"][1]
+    for name, vector in adapter.patcher.model.embeddings.items():
+        table = getattr(base_clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings().weight
+        vector.data = table[word].clone()
+    clip = apply(base_model, base_clip, make_subject(adapter), placeholder="<person>")
+    ours = encode(clip, "a <person> here")
+    assert columns(ours) == [(0, "<person>", 2, 1.0)]
+    assert torch.equal(ours[0][0], encode(base_clip, "a person here")[0][0])
+
+
+def test_cut_text(clip):
+    """The host keeps as many tokens as the shorter of the two texts has."""
+    tokens = clip.tokenize("word " * 80 + "<person>")
+    tokens["l"] = tokens["l"][:1]
+    with pytest.raises(ValueError, match="stands at token .* kept only 77"):
+        clip.encode_from_tokens_scheduled(tokens)
