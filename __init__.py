@@ -1,0 +1,23 @@
+"""Nested Attention for ComfyUI: one photo of a subject becomes one word of the prompt."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .nodes import adapter, apply, subject
+from .nodes.sockets import register_folders
+
+WEB_DIRECTORY = "./web"
+
+
+class NestedAttentionExtension(ComfyExtension):
+    @override
+    async def on_load(self) -> None:
+        register_folders()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*adapter.NODES, *subject.NODES, *apply.NODES]
+
+
+async def comfy_entrypoint() -> NestedAttentionExtension:
+    return NestedAttentionExtension()

@@ -1,0 +1,64 @@
+"""Load an adapter."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..nested_attention.adapter import FEATURE_LAYERS
+from ..nested_attention.attention import NORMS
+from ..nested_attention.host.adapters import load_adapter
+from .sockets import ADAPTERS, CATEGORY, Adapter, choices, full_path, modified
+
+OWN = "adapter's own"
+
+
+class LoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NestedAttentionLoadAdapter",
+            display_name="Load Nested Adapter",
+            category=CATEGORY,
+            description="Loads an adapter that turns photos of a subject into one word of the prompt.",
+            search_aliases=["nested attention", "personalization", "ip-adapter", "face", "identity"],
+            inputs=[
+                io.Combo.Input(
+                    "adapter_name",
+                    options=choices(ADAPTERS),
+                    tooltip="The adapter file, from models/nested_attention. It belongs to one base model (SDXL, SD "
+                    "1.5) and one kind of subject (faces, pets).",
+                ),
+                io.Combo.Input(
+                    "feature_layer",
+                    options=[OWN, *FEATURE_LAYERS],
+                    tooltip="Which features of the image encoder the adapter reads. Leave it to the adapter; try the "
+                    "other one if a foreign file gives no likeness.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "norm",
+                    options=[OWN, *NORMS],
+                    tooltip="How the size of the subject's values is kept near the text's. rescale: always to the "
+                    "adapter's factor; clamp: only where larger; off: not at all. Leave it to the adapter.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[Adapter.Output(display_name="adapter")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **_: object) -> float:
+        return modified(ADAPTERS, adapter_name)
+
+    @classmethod
+    def execute(cls, adapter_name: str, feature_layer: str, norm: str) -> io.NodeOutput:
+        adapter = load_adapter(
+            full_path(ADAPTERS, adapter_name),
+            adapter_name,
+            feature_layer=None if feature_layer == OWN else feature_layer,
+            norm=None if norm == OWN else norm,
+        )
+        return io.NodeOutput(adapter)
+
+
+NODES = [LoadAdapter]

@@ -1,0 +1,48 @@
+"""The pack's own sockets, and the model folders that its nodes read and write."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+Adapter = io.Custom("NESTED_ADAPTER")
+Subject = io.Custom("NESTED_SUBJECT")
+
+CATEGORY = "conditioning/nested attention"
+ADAPTERS = "nested_attention"
+SUBJECTS = "nested_attention_subjects"
+FILES = {ADAPTERS: {".safetensors", ".sft", ".bin", ".pt", ".pth"}, SUBJECTS: {".safetensors"}}
+
+
+def register_folders() -> None:
+    """Make the folders known to the host, beside any that extra_model_paths.yaml gave for them."""
+    for name, extensions in FILES.items():
+        default = os.path.join(folder_paths.models_dir, name)
+        paths = list(folder_paths.folder_names_and_paths.get(name, ([], set()))[0])
+        folder_paths.folder_names_and_paths[name] = ([*paths, default] if default not in paths else paths, extensions)
+
+
+def choices(folder: str) -> list[str]:
+    """Files of a folder for a dropdown; where there is none, one line that says where to put them."""
+    return folder_paths.get_filename_list(folder) or [none_found(folder)]
+
+
+def none_found(folder: str) -> str:
+    return f"(none in models/{folder})"
+
+
+def full_path(folder: str, name: str) -> str:
+    """Raises ValueError where there is no such file."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        places = " or ".join(folder_paths.get_folder_paths(folder))
+        raise ValueError(f"There is no file '{name}'. Put it into {places}, then press R to refresh the list.")
+    return path
+
+
+def modified(folder: str, name: str) -> float:
+    """Changes when the file does, so that the host reads it again."""
+    path = folder_paths.get_full_path(folder, name)
+    return os.path.getmtime(path) if path else 0.0
