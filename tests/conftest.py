@@ -10,6 +10,8 @@ import torch
 
 sys.path.insert(0, os.environ.get("COMFYUI_PATH", str(Path(__file__).parents[1] / ".host" / "ComfyUI")))
 
+torch.set_num_threads(1)  # the models of these tests are small: more threads only wait for each other
+
 if importlib.util.find_spec("comfy"):
     from comfy.cli_args import args
 

@@ -25,7 +25,7 @@ def as_rgb(images: Tensor, mask: Tensor | None = None) -> Tensor:
         resized = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]).float(), images.shape[1:3], mode="bilinear")
         resized = rearrange(resized, "b 1 h w -> b h w 1").to(color)
         keep = resized if keep is None else keep * resized
-    return color if keep is None else GREY + (color - GREY) * keep
+    return color if keep is None else torch.lerp(torch.full_like(color, GREY), color, keep)
 
 
 def fit(images: Tensor, size: int, how: str) -> Tensor:

@@ -12,6 +12,7 @@ import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.clip_vision import ClipVisionModel
 from comfy.controlnet import ControlNet
 
 from nested_attention.adapter import AdapterConfig, NestedAdapter
@@ -52,10 +53,11 @@ def randomize(module: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
             p.data = torch.ones(p.shape) if name.endswith("weight") else torch.randn(p.shape, generator=make) * 0.02
 
 
-def make_model(dtype: torch.dtype = torch.float32, **changes):
-    config = comfy.supported_models.SDXL({**UNET, **changes, "dtype": dtype})
+def make_model(dtype: torch.dtype = torch.float32, computed: torch.dtype = torch.float32):
+    """A patcher of a small SDXL whose weights are stored in one precision and used in another."""
+    config = comfy.supported_models.SDXL({**UNET, "dtype": dtype})
     config.unet_config["num_head_channels"] = 16  # the host presets 64 for SDXL
-    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
+    config.set_inference_dtype(dtype, None if dtype == computed else computed)
     model = comfy.model_base.SDXL(config, device=torch.device("cpu"))
     randomize(model.diffusion_model, 0)
     model.diffusion_model.to(dtype)
@@ -99,3 +101,13 @@ def make_controlnet():
     )
     randomize(net, 5, scale=0.3)
     return ControlNet(net, global_average_pooling=False, load_device=comfy.model_management.get_torch_device())
+
+
+def make_clip_vision(width: int = 48):
+    """An image encoder of 32 px in patches of 8."""
+    config = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 3}
+    config |= {"image_size": 32, "patch_size": 8, "num_channels": 3, "projection_dim": 24}
+    config |= {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "model_type": "clip_vision_model"}
+    vision = ClipVisionModel(config)
+    randomize(vision.model, 6, scale=2.0)
+    return vision

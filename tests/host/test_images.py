@@ -1,0 +1,78 @@
+"""Pictures of any kind become what the image encoder expects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import make_clip_vision
+
+from nested_attention.host.images import as_rgb, encode, features, fit
+
+
+@pytest.fixture(scope="module")
+def vision():
+    return make_clip_vision()
+
+
+@pytest.fixture(scope="module")
+def photo():
+    path = __file__.replace("tests/host/test_images.py", "assets/astronaut.png")
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float()[None] / 255
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(224, 224), (1, 1), (37, 501), (513, 64)])
+@pytest.mark.parametrize("how", ["center crop", "pad", "squash"])
+def test_any_picture(channels, size, how):
+    seen = fit(as_rgb(torch.rand(2, *size, channels)), 224, how)
+    assert seen.shape == (2, 224, 224, 3) and seen.isfinite().all() and seen.min() >= 0 and seen.max() <= 1
+
+
+def test_fits(photo):
+    wide = photo[:, 100:300]
+    crop, pad, squash = (fit(wide, 64, how) for how in ("center crop", "pad", "squash"))
+    middle = fit(wide[:, :, 156:356], 64, "center crop")
+    torch.testing.assert_close(crop, middle, atol=0.04, rtol=0)
+    assert (pad[:, :18] - 0.5).abs().max() < 0.01 and (pad[:, 24:40] - 0.5).abs().max() > 0.2
+    assert not torch.allclose(crop, squash)
+
+
+def test_alpha_and_mask_leave_the_rest_grey(photo):
+    alpha = torch.zeros(1, *photo.shape[1:3], 1)
+    alpha[:, :, :256] = 1
+    rgba = as_rgb(torch.cat([photo, alpha], dim=-1))
+    masked = as_rgb(photo, alpha[..., 0])
+    for image in (rgba, masked):
+        assert torch.equal(image[:, :, :256], photo[:, :, :256]) and (image[:, :, 256:] == 0.5).all()
+    assert torch.equal(as_rgb(photo, torch.zeros(1, 64, 64)), photo)  # what Load Image gives beside a picture
+
+
+def test_empty_picture_is_said():
+    with pytest.raises(ValueError, match="image is empty"):
+        as_rgb(torch.zeros(0, 64, 64, 3))
+
+
+def test_what_the_encoder_saw_is_what_it_encoded(vision, photo, adapter):
+    """Encoding the fitted picture equals the host's own preprocessing of the photo."""
+    config = adapter.config
+    seen, found = encode(vision, photo, None, "center crop", config)
+    torch.testing.assert_close(found, vision.encode_image(photo).last_hidden_state)
+    again, _ = encode(vision, seen, None, "center crop", config)
+    assert torch.equal(again, seen)
+
+
+def test_feature_layers_differ(vision, photo, adapter):
+    from dataclasses import replace
+
+    last, penultimate = (
+        features(vision, fit(photo, 32, "squash"), replace(adapter.config, feature_layer=layer))
+        for layer in ("last", "penultimate")
+    )
+    assert last.shape == penultimate.shape and not torch.allclose(last, penultimate)
+
+
+def test_image_encoder_of_the_wrong_width(photo, adapter):
+    with pytest.raises(ValueError, match="width 48, the connected image encoder gives 64"):
+        encode(make_clip_vision(width=64), photo, None, "center crop", adapter.config)

@@ -1,0 +1,54 @@
+"""Base models and adapters of any precision, as users have them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sampling import PROMPT, SIGMAS, encode, sample
+from small_models import make_adapter, make_model, make_subject
+from torch.nn.functional import cosine_similarity
+
+from nested_attention.adapter import NestedAdapter
+from nested_attention.files import load_adapter as read_adapter
+from nested_attention.files import save_adapter
+from nested_attention.host.adapters import load_adapter
+from nested_attention.host.apply import apply_subject
+
+BASES = {
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16 computed in fp32": (torch.float16, torch.float32),
+    "fp8 computed in fp32": (torch.float8_e4m3fn, torch.float32),
+    "fp8 computed in bf16": (torch.float8_e4m3fn, torch.bfloat16),
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def adapter_of(request, tmp_path, sites):
+    adapter = read_adapter(make_adapter(tmp_path / "fp32.safetensors", sites))
+    save_adapter(adapter.to(request.param), tmp_path / "adapter.safetensors")
+    return load_adapter(str(tmp_path / "adapter.safetensors"), "adapter.safetensors")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_base_models(base_clip, adapter_of, base):
+    """The change that the subject makes in a step is that of the same weights computed in full precision."""
+    stored, computed = BASES[base]
+    half, full = make_model(stored, computed), make_model()
+    for mine, theirs in zip(full.model.parameters(), half.model.parameters(), strict=True):
+        mine.data = theirs.data.to(mine.dtype)
+    changes = []
+    for model in (half, full):
+        applied, clip = apply_subject(model, base_clip, make_subject(adapter_of), placeholder="<person>")
+        positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+        with_subject, without = (sample(m, positive, negative, sigmas=SIGMAS[:2]) for m in (applied, model))
+        changes.append((with_subject - without).flatten())
+    assert changes[0].isfinite().all()
+    assert cosine_similarity(*changes, dim=0) > (0.9999 if computed == torch.float32 else 0.97)
+
+
+def test_adapters_keep_their_precision_in_memory(adapter_of):
+    model: NestedAdapter = adapter_of.patcher.model
+    assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.float16, torch.bfloat16}
+    tokens = make_subject(adapter_of).subject.tokens
+    assert tokens.dtype == torch.float32 and tokens.isfinite().all()
