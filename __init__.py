@@ -6,8 +6,6 @@ from typing_extensions import override
 from .nodes import adapter, apply, subject
 from .nodes.sockets import register_folders
 
-WEB_DIRECTORY = "./web"
-
 
 class NestedAttentionExtension(ComfyExtension):
     @override

@@ -67,7 +67,7 @@ class CombineSubjects(io.ComfyNode):
             description="Makes one subject of two: more photos of the same one, or a blend of two identities. For two "
             "subjects in one picture, chain two Apply Subject nodes instead.",
             inputs=[
-                Subject.Input("subject_a", tooltip="The first subject."),
+                Subject.Input("subject_a", tooltip="The first subject; with blend, the one at weight 0."),
                 Subject.Input("subject_b", tooltip="The second subject, made by the same adapter."),
                 io.Combo.Input(
                     "mode",
@@ -100,7 +100,7 @@ class SaveSubject(io.ComfyNode):
             category=CATEGORY,
             description="Saves a subject to models/nested_attention_subjects, to be used without its photos.",
             inputs=[
-                Subject.Input("subject", tooltip="The subject to save."),
+                Subject.Input("subject", tooltip="The subject to save, from Encode Subject or Combine Subjects."),
                 io.String.Input(
                     "filename_prefix",
                     default="subject",

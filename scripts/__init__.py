@@ -1,0 +1,1 @@
+"""Commands for developing and trying the pack; nothing here is needed inside ComfyUI."""
