@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
@@ -74,9 +73,14 @@ def bind(subject: Subject, adapter: LoadedAdapter) -> BoundSubject:
 def nested_tokens(adapter: LoadedAdapter, features: Tensor) -> Tensor:
     """Nested tokens [B, M, C] of image features [B, I, image_dim], in fp32 on the host's intermediate device."""
     comfy.model_management.load_models_gpu([adapter.patcher])
-    features = features.to(adapter.patcher.load_device, torch.float32)
-    with torch.inference_mode():
-        return adapter.patcher.model.resampler(features).to(comfy.model_management.intermediate_device())
+    progress = comfy.utils.ProgressBar(len(features))
+    tokens = []
+    for photo in features.to(adapter.patcher.load_device, torch.float32).split(1):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with torch.no_grad():
+            tokens.append(adapter.patcher.model.resampler(photo).to(comfy.model_management.intermediate_device()))
+        progress.update(1)
+    return torch.cat(tokens)
 
 
 def nested_pair(
@@ -85,7 +89,3 @@ def nested_pair(
     """Kn and Vn of one layer, [1, H, M, D]; projected in the tokens' fp32, kept in the model's precision."""
     keys, values = adapter.layers[layer](tokens)
     return split_heads(keys.to(dtype), heads), split_heads(values.to(dtype), heads)
-
-
-def file_name(path: str) -> str:
-    return Path(path).name

@@ -66,6 +66,6 @@ def check_width(width: int, config: AdapterConfig) -> None:
 
 def encode(clip_vision: object, images: Tensor, mask: Tensor | None, how: str, config: AdapterConfig):
     """What the encoder saw, [B, S, S, 3], and its features of it, [B, I, image_dim]."""
-    with torch.inference_mode():
+    with torch.no_grad():
         seen = fit(as_rgb(images, mask), clip_vision.image_size, how)
         return seen, features(clip_vision, seen, config)

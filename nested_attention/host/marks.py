@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SAME = 0.5  # least cosine, between text states less their section's mean, of a column that was only mixed or scaled
+# Least cosine, between text states less their section's mean, of a column that was only mixed or scaled. Real prompt
+# states of SD 1.5 and SDXL: different tokens reach 0.68; half and half with another prompt keeps mostly 0.75 to 0.95.
+SAME = 0.7
 
 
 class Mark(NamedTuple):
