@@ -53,7 +53,7 @@ class Layout:
             return None
         size = (height, width)
         if size not in self.resized:
-            self.resized[size] = F.interpolate(self.regions, size, mode="area").flatten(2)
+            self.resized[size] = F.interpolate(self.regions, size, mode="bilinear").flatten(2)
         return self.resized[size][rows.start : rows.stop, subject]
 
 

@@ -88,7 +88,7 @@ def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tenso
     if all(subject.region is None for subject in subjects):
         return None
     masks = [torch.ones(1, 1, *size) if s.region is None else s.region[:1, None].float() for s in subjects]
-    return torch.cat([F.interpolate(mask, size, mode="bilinear", antialias=True) for mask in masks], dim=1).clamp(0, 1)
+    return torch.cat([F.interpolate(mask.cpu(), size, mode="area") for mask in masks], dim=1)
 
 
 @dataclass

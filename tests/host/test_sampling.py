@@ -272,3 +272,56 @@ def test_range_of_steps(base_model, base_clip, sites, person):
     close(
         run(guide(model, positive, negative), sigmas=latter), run(guide(base_model, positive, negative), sigmas=latter)
     )
+
+
+def half(height, width, side):
+    mask = torch.zeros(height, width)
+    mask[:, : width // 2] = 1
+    return mask if side == "left" else mask.flip(1)
+
+
+def test_regions(base_model, base_clip, sites, person, other):
+    """Each subject in its half of the picture; the mask comes at the picture's size, not the latent's."""
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=half(64, 64, "left")[None])
+    model, clip = apply_subject(model, clip, other, placeholder="<bob>", region=half(64, 64, "right")[None])
+    positive = encode(clip, "<anna> and <bob>")
+    left, right = (Stands(b, (c,), region=half(8, 8, s)) for b, c, s in ((person, 1, "left"), (other, 3, "right")))
+    texts = [(text_of(positive), [left, right])]
+    check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=noise(size=(8, 8)))
+
+
+def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=half(8, 8, "left")[None])
+    model, clip = apply_subject(model, clip, other, placeholder="<bob>")
+    positive = encode(clip, "<anna> and <bob>")
+    texts = [(text_of(positive), [Stands(person, (1,), region=half(8, 8, "left")), Stands(other, (3,))])]
+    latent = noise(batch=2, size=(8, 8))
+    check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=latent)
+
+
+def test_a_region_is_cropped_with_the_area(base_model, base_clip, sites, person):
+    """Area conditioning runs the UNet on a crop of the latent: the region there is the crop of the region."""
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", region=half(8, 8, "left")[None])
+    subject, plain, negative = (encode(clip, text) for text in (PROMPT, "a park", "bad"))
+    positive = node_helpers.conditioning_set_values(subject, {"area": (8, 4, 0, 2), "strength": 1.0}) + plain
+    crop = half(8, 8, "left")[:, 2:6]
+    texts = [(text_of(subject), [Stands(person, (2,), region=crop)])]
+    check(model, base_model, sites, texts, positive, negative, latent=noise(size=(8, 8)))
+
+
+def test_a_region_nowhere_is_the_plain_word(base_model, base_clip, person):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", region=torch.zeros(1, 8, 8))
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    close(sample(model, positive, negative), sample(base_model, positive, negative))
+
+
+def test_lora_on_the_model_after_the_subject(applied, base_model, sites, person):
+    model, clip = applied
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"
+    patch = {key: ("diff", (torch.randn_like(base_model.model.state_dict()[key]) * 0.3,))}
+    changed, base = model.clone(), base_model.clone()
+    for each in (changed, base):
+        assert each.add_patches(patch, 1.0) == [key]
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    out = check(changed, base, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+    assert not torch.allclose(out, sample(model, positive, negative), rtol=1e-2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from reference import nested_attention
 from torch import Tensor
 
@@ -23,13 +24,17 @@ class Stands:
     columns: tuple[int, ...]
     strength: float = 1.0
     weight: float = 1.0
+    region: Tensor | None = None  # [h, w] in latent pixels
 
-    def token(self, layer: int, heads: int) -> NestedToken:
+    def token(self, layer: int, heads: int, size: tuple[int, int]) -> NestedToken:
         config = self.bound.adapter.config
         keys, values = self.bound.adapter.patcher.model.layers[layer](self.bound.subject.tokens)
         keys, values = split_heads(keys.float(), heads), split_heads(values.float(), heads)
         settings = self.strength, self.weight, config.norm, config.norm_factor
-        return NestedToken(self.columns, keys, values, *settings)
+        region = self.region
+        if region is not None:
+            region = F.interpolate(region[None, None], size, mode="bilinear").flatten(1)
+        return NestedToken(self.columns, keys, values, *settings, region)
 
 
 def subjects_in(row: Tensor, texts: list[tuple[Tensor, list[Stands]]]) -> list[Stands]:
@@ -54,7 +59,8 @@ def expected_model(model, sites, texts: list[tuple[Tensor, list[Stands]]]):
     def layer_attention(layer):
         def attend(q, k, v, extra_options):
             heads = extra_options["n_heads"]
-            rows = [[s.token(layer, heads) for s in subjects_in(row, texts)] for row in context["now"]]
+            size = tuple(extra_options["activations_shape"][2:])
+            rows = [[s.token(layer, heads, size) for s in subjects_in(row, texts)] for row in context["now"]]
             return merge_heads(nested_attention(*(split_heads(x, heads) for x in (q, k, v)), rows))
 
         return attend
