@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .nodes import adapter, apply, subject
+from .nodes import adapter, apply, prompt_info, subject
 from .nodes.sockets import register_folders
 
 
@@ -14,7 +14,7 @@ class NestedAttentionExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*adapter.NODES, *subject.NODES, *apply.NODES]
+        return [*adapter.NODES, *subject.NODES, *apply.NODES, *prompt_info.NODES]
 
 
 async def comfy_entrypoint() -> NestedAttentionExtension:

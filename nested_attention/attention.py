@@ -108,12 +108,12 @@ def personalize(
         part *= token.strength
         if token.region is not None:
             part *= token.region[:, None, :, None]
-    out -= p.to(out.dtype) @ v_s
+    out -= p.to(v_s.dtype) @ v_s
 
     norms = norm_over_heads(v_s).split([p.shape[-1] for p in parts], dim=-1)
     for token, part, norm in zip(tokens, parts, norms, strict=True):
         star = per_query_values(q, token)
-        out.addcmul_(star, (part * norm_scale(star, norm, token)).sum(-1, keepdim=True).to(out.dtype))
+        out.addcmul_(star, (part * norm_scale(star, norm, token)).sum(-1, keepdim=True).to(star.dtype))
     return out
 
 

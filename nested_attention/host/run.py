@@ -87,8 +87,13 @@ def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tenso
     """[1, S, h, w] at the latent's size, or None where no subject has a region."""
     if all(subject.region is None for subject in subjects):
         return None
-    masks = [torch.ones(1, 1, *size) if s.region is None else s.region[:1, None].float() for s in subjects]
-    return torch.cat([F.interpolate(mask.cpu(), size, mode="area") for mask in masks], dim=1)
+    masks = [torch.ones(1, 1, *size) if s.region is None else one_mask(s.region) for s in subjects]
+    return torch.cat([F.interpolate(mask, size, mode="area") for mask in masks], dim=1)
+
+
+def one_mask(mask: Tensor) -> Tensor:
+    """The first of the host's masks [H, W] or [B, H, W], as [1, 1, H, W]."""
+    return mask.cpu().float().reshape(-1, 1, *mask.shape[-2:])[:1]
 
 
 @dataclass

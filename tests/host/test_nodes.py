@@ -23,6 +23,7 @@ PROMISES = {
         "MODEL CLIP",
     ),
     "NestedAttentionCombineSubjects": ("subject_a subject_b mode weight", "NESTED_SUBJECT"),
+    "NestedAttentionPromptInfo": ("clip text", "STRING"),
     "NestedAttentionSaveSubject": ("subject filename_prefix", ""),
     "NestedAttentionLoadSubject": ("subject_name adapter", "NESTED_SUBJECT"),
 }

@@ -8,6 +8,7 @@ from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from sampling import encode
 
 from nested_attention.host.apply import apply_subject
+from nested_attention.host.prompt_info import describe_prompt
 from nodes import CLIPTextEncode
 
 
@@ -155,3 +156,12 @@ def test_cut_text(clip):
     tokens["l"] = tokens["l"][:1]
     with pytest.raises(ValueError, match="stands at token .* kept only 77"):
         clip.encode_from_tokens_scheduled(tokens)
+
+
+def test_prompt_in_words(clip):
+    assert describe_prompt(clip, "a (<person>:1.3), running zebras").splitlines() == [
+        "CLIP-G section 1: 1:a 2:<person>(as person)*1.3 3:, 4:running 5:ze 6:bras",
+        "CLIP-L section 1: 1:a 2:<person>(as person)*1.3 3:, 4:running 5:ze 6:bras",
+        "Subjects: <person> at column 2 of section 1, strength 1.3",
+    ]
+    assert describe_prompt(clip, "").endswith("CLIP-L section 1: empty\nSubjects: none")

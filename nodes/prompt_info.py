@@ -1,0 +1,33 @@
+"""Show how the text encoders read a prompt."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..nested_attention.host.prompt_info import describe_prompt
+from .sockets import CATEGORY
+
+
+class PromptInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NestedAttentionPromptInfo",
+            display_name="Prompt Info",
+            category=CATEGORY,
+            description="Shows a prompt as each text encoder reads it: tokens, subjects, and what is cut off.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="From Apply Subject: it knows the placeholders."),
+                io.String.Input("text", multiline=True, tooltip="The prompt to explain; nothing is encoded."),
+            ],
+            outputs=[io.String.Output(display_name="info")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip, text: str) -> io.NodeOutput:
+        info = describe_prompt(clip, text)
+        return io.NodeOutput(info, ui=ui.PreviewText(info))
+
+
+NODES = [PromptInfo]
