@@ -6,6 +6,8 @@ from typing_extensions import override
 from .nodes import adapter, apply, prompt_info, subject
 from .nodes.sockets import register_folders
 
+WEB_DIRECTORY = "./web"
+
 
 class NestedAttentionExtension(ComfyExtension):
     @override

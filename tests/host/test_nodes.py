@@ -68,6 +68,13 @@ def test_every_input_is_explained(pack):
             assert each.tooltip and len(each.tooltip) > 20, (schema.node_id, each.id)
 
 
+def test_every_node_has_its_help_and_no_help_is_left_over(pack):
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == pack.keys()
+    for name, node in pack.items():
+        text = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        assert text.startswith(f"# {node.define_schema().display_name}\n")
+
+
 def test_folders_of_extra_model_paths_stay(pack):
     paths, extensions = folder_paths.folder_names_and_paths["nested_attention"]
     assert [Path(p).name for p in paths] == ["mine", "nested_attention"]
