@@ -32,8 +32,9 @@ def build_adapter(state: Mapping[str, Any], metadata: Mapping[str, str], *, oper
     """
     config, tensors = canonical(state, metadata)
     with torch.device("meta"):
+        # A host's layers may have no weights until they are loaded: torch's own tell the shapes.
+        expected = {name: tuple(tensor.shape) for name, tensor in NestedAdapter(config).state_dict().items()}
         adapter = NestedAdapter(config, operations=operations)
-    expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]:
         lines = [f"  {name}: {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}" for name in wrong]

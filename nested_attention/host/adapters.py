@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..adapter import AdapterConfig, FeatureLayer, NestedAdapter, fingerprint
@@ -49,7 +50,8 @@ def adapter_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     """An adapter file as a model of the host, which can make further ones for other devices by itself."""
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
-    make = ModelPatcher if disable_dynamic else CoreModelPatcher
+    # Looked up now: the host chooses its class of patchers after start.
+    make = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = make(
         adapter,
         load_device=comfy.model_management.get_torch_device(),

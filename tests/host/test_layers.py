@@ -8,7 +8,9 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from small_models import make_adapter, make_subject
 
+from nested_attention.adapter import fingerprint
 from nested_attention.base_models import KNOWN, describe
+from nested_attention.files import build_adapter, read_tensors
 from nested_attention.host.adapters import bind, load_adapter
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.layers import cross_attention_sites
@@ -108,6 +110,21 @@ def test_subject_of_another_adapter(tmp_path, person, sites):
     second = load_adapter(str(path), path.name)
     with pytest.raises(ValueError, match="made by another adapter .'person.safetensors'.*'second.safetensors'"):
         bind(person.subject, second)
+
+
+def test_hosts_that_create_no_weights_before_loading(tmp_path, sites, adapter, monkeypatch):
+    """With dynamic memory management ComfyUI's layers are empty until their weights are read from the file."""
+    import comfy.memory_management
+
+    path = make_adapter(tmp_path / "adapter.safetensors", sites)
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        with torch.device("meta"):
+            assert comfy.ops.manual_cast.Linear(2, 2).weight is None
+        lazy = build_adapter(*read_tensors(path), operations=comfy.ops.manual_cast)
+    assert fingerprint(lazy.state_dict()) == adapter.fingerprint
+    features = torch.randn(1, 5, 48)
+    assert torch.equal(lazy.resampler(features), adapter.patcher.model.resampler(features))
 
 
 def test_choices_over_the_file(tmp_path, sites):
