@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import sys
 
@@ -13,4 +14,4 @@ def warn(text: str, node_id: str | None = None) -> None:
     log.warning("Nested Attention: %s", text)
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(html.escape(text, quote=False), node_id)  # nodes show it as HTML
