@@ -67,8 +67,8 @@ def per_query_values(q: Tensor, token: NestedToken) -> Tensor:
 
 
 def has_fused_lse(q: Tensor) -> bool:
-    """Whether `text_attention` is one fused kernel that gives the log-sum-exp for nothing."""
-    return q.device.type == "cpu"
+    """Whether `text_attention` is one fused kernel that gives the log-sum-exp for nothing, and no gradient of it."""
+    return q.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,18 +103,24 @@ def personalize(
         p, change = raise_tokens(p, logits, v_s, text, tokens)
         out += change
 
-    parts = p.split([len(token.columns) for token in tokens], dim=-1)
-    for token, part in zip(tokens, parts, strict=True):
-        part *= token.strength
-        if token.region is not None:
-            part *= token.region[:, None, :, None]
-    out -= p.to(v_s.dtype) @ v_s
+    # Only `out` changes in place: the rest is kept for gradients.
+    parts = [part * reach(token) for token, part in zip(tokens, split_columns(p, tokens), strict=True)]
+    out -= torch.cat(parts, dim=-1).to(v_s.dtype) @ v_s
 
-    norms = norm_over_heads(v_s).split([p.shape[-1] for p in parts], dim=-1)
-    for token, part, norm in zip(tokens, parts, norms, strict=True):
+    for token, part, norm in zip(tokens, parts, split_columns(norm_over_heads(v_s), tokens), strict=True):
         star = per_query_values(q, token)
         out.addcmul_(star, (part * norm_scale(star, norm, token)).sum(-1, keepdim=True).to(star.dtype))
     return out
+
+
+def split_columns(x: Tensor, tokens: list[NestedToken]) -> tuple[Tensor, ...]:
+    """Each token's columns [..., its S] of what stands side by side, [..., S]."""
+    return x.split([len(token.columns) for token in tokens], dim=-1)
+
+
+def reach(token: NestedToken) -> Tensor | float:
+    """How much of the token's change is made: its strength, within its region, [B or 1, 1, N, 1]."""
+    return token.strength if token.region is None else token.strength * token.region[:, None, :, None]
 
 
 def norm_scale(star: Tensor, norm: Tensor, token: NestedToken) -> Tensor | float:
@@ -137,7 +143,7 @@ def raise_tokens(
     p, logits   probabilities and logits of the subject columns, [B, H, N, S]
     Returns the new probabilities, and the change of the plain text attention, [B, H, N, D].
     """
-    parts = zip(tokens, logits.split([len(token.columns) for token in tokens], dim=-1), strict=True)
+    parts = zip(tokens, split_columns(logits, tokens), strict=True)
     raised = torch.cat([torch.maximum(part, token.weight * part) for token, part in parts], dim=-1)
     gain = torch.expm1((raised - logits).clamp_max(80))
     total = 1 + (p * gain).sum(-1, keepdim=True)

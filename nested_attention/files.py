@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .adapter import AdapterConfig, NestedAdapter
+from .adapter import NestedAdapter
 from .dialects import METADATA_KEY, AdapterFileError, canonical
 
 
@@ -56,27 +55,21 @@ def save_adapter(adapter: NestedAdapter, path: str | Path, *, notes: Mapping[str
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file such that it is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_atomically(Path(path), lambda file: file.write(save(content, metadata=dict(metadata))))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write beside the file, then replace it: a full disk or a killed process leaves the old one as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(content, metadata=dict(metadata)))
+        with partial.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(partial, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
-
-__all__ = [
-    "AdapterConfig",
-    "AdapterFileError",
-    "build_adapter",
-    "load_adapter",
-    "read_tensors",
-    "save_adapter",
-    "write_tensors",
-]

@@ -12,6 +12,12 @@ from nested_attention.attention import NestedToken, personalize, text_attention
 B, H, N, T, M, D = 2, 3, 5, 7, 6, 8
 
 
+@pytest.fixture(autouse=True)
+def as_in_sampling():
+    with torch.no_grad():
+        yield
+
+
 def problem(dtype=torch.float64, seed=0):
     make = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(B, H, n, D, generator=make, dtype=dtype) for n in (N, T, T))

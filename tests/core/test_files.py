@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from nested_attention.adapter import AdapterConfig, NestedAdapter, fingerprint
-from nested_attention.dialects import canonical
-from nested_attention.files import AdapterFileError, build_adapter, load_adapter, read_tensors, save_adapter
+from nested_attention.dialects import AdapterFileError, canonical
+from nested_attention.files import build_adapter, load_adapter, read_tensors, save_adapter
 
 LAYERS = (8, 8, 16, 16, 16, 8, 24)  # down 2, up 4, mid 1
 NAMES = [

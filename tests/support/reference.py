@@ -20,7 +20,8 @@ def nested_attention(q, k, v, rows):
                 values = v[row, head].clone()
                 for token in tokens:
                     for c in token.columns:
-                        logits[c] = torch.maximum(logits[c], token.weight * logits[c])
+                        logit = logits[c].clone()  # autograd keeps it while `logits` changes
+                        logits[c] = torch.maximum(logit, token.weight * logit)
                         here = token.strength * (
                             1 if token.region is None else token.region[row % len(token.region), i]
                         )

@@ -1,0 +1,180 @@
+"""The loss to train adapters on: the frozen base model, personalised by the very functions of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.sampler_helpers import convert_cond
+from torch import Tensor
+
+from ..adapter import NestedAdapter
+from ..attention import split_heads
+from ..training.config import TrainingConfig, TrainingError
+from ..training.data import Sample
+from ..training.loss import diffusion_loss, loss_weight, snr_of
+from ..training.trainer import Pairs, Project
+from . import KEY
+from .base import DTYPES, Base
+from .images import as_rgb, features, fit
+from .layers import Site, cross_attention_sites
+from .patch import OVERRIDE, LayerPatch
+from .rows import Layout, entry_placements, place_tensor, read_layout, with_places
+from .text import add_placeholder
+
+
+@dataclass(frozen=True)
+class TrainedSubject:
+    """What a layer asks of a subject, as it is by default in sampling."""
+
+    adapter: NestedAdapter
+    strength: float = 1.0
+    token_weight: float = 1.0
+
+
+@dataclass
+class BatchRun:
+    """One batch in the place of a sampling run: its subjects are groups of rows with the token at the same columns."""
+
+    sites: list[Site]
+    subjects: list[TrainedSubject]
+    groups: list[slice]
+    pairs: Pairs
+    reached: set[int] = field(default_factory=set)
+
+    def nested(self, subject: int, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Kn and Vn of a group's rows, [rows, H, M, D], in the precision of the queries."""
+        rows, heads = self.groups[subject], self.sites[layer].heads
+        keys, values = (split_heads(x[rows].to(q.dtype), heads) for x in self.pairs[layer])
+        return keys, values
+
+    def stand_aside(self, rows: int, columns: int, layout: Layout) -> None:
+        raise TrainingError(
+            f"A patch of the model rearranges attention to {rows} rows of {columns} text tokens where the batch has "
+            f"{layout.rows} of {layout.columns}. Train on the model without it."
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noised latents, all that the UNet is given beside them, and the image features [B, I, image_dim] to train on."""
+
+    clean: Tensor
+    noisy: Tensor
+    sigma: Tensor
+    conds: dict[str, Any]
+    layout: Layout
+    groups: list[slice]
+    features: Tensor
+
+
+class DiffusionObjective:
+    """Loss of samples: noise is added, the personalised UNet predicts the clean picture, the error is weighted."""
+
+    def __init__(self, base: Base, adapter: NestedAdapter, config: TrainingConfig):
+        self.base, self.adapter, self.config = base, adapter, config
+        self.sites = cross_attention_sites(base.model.model.diffusion_model)
+        self.clip, self.ledger = add_placeholder(base.clip, config.placeholder, config.class_word, {})
+        self.sampling = base.model.get_model_object("model_sampling")
+        self.device = base.model.load_device
+        self.cached: dict[Any, Any] = {}
+
+    def __call__(self, project: Project, samples: Sequence[Sample]) -> Tensor:
+        batch = self.prepare(samples)
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            pairs = project(batch.features)
+        denoised = self.denoise(batch, pairs)
+        return diffusion_loss(denoised, batch.clean, self.weight(batch.sigma))
+
+    @torch.no_grad()
+    def prepare(self, samples: Sequence[Sample]) -> Batch:
+        latents = [self.remember(("latent", s.row.entry, s.row.bucket), self.latent, s) for s in samples]
+        texts = zip(samples, latents, strict=True)
+        entries = [self.remember(("text", s.caption, s.row.bucket), self.text, s, latent) for s, latent in texts]
+        # Rows whose subject stands at the same columns go through attention together.
+        order = sorted(range(len(samples)), key=lambda i: entries[i][1])
+        keys = [entries[i][1] for i in order]
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        groups = [slice(keys.index(key), keys.index(key) + keys.count(key)) for key in numbers]
+        conds = self.join([self.placed(entries[i][0], numbers[entries[i][1]]) for i in order])
+        layout = read_layout(conds.pop(KEY), None, range(len(groups)))
+
+        samples, clean = [samples[i] for i in order], torch.cat([latents[i] for i in order]).to(self.device)
+        sigma = torch.cat([self.draw_sigma(s) for s in samples]).to(self.device)
+        noise = [torch.randn(clean[:1].shape, generator=s.row.generator("noise")) for s in samples]
+        noisy = self.sampling.noise_scaling(sigma, torch.cat(noise).to(self.device), clean)
+        seen = torch.cat([self.features(s) for s in samples]).to(self.device, torch.float32)
+        comfy.model_management.load_models_gpu([self.base.model], force_full_load=True)
+        return Batch(clean, noisy, sigma, conds, layout, groups, seen)
+
+    def remember(self, key: Any, make: Any, *args: Any) -> Any:
+        if not self.config.cache:
+            return make(*args)
+        if key not in self.cached:
+            self.cached[key] = make(*args)
+        return self.cached[key]
+
+    def latent(self, sample: Sample) -> Tensor:
+        """[1, C, h, w] in the model's own scale, on the CPU."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # VAEs draw from a distribution
+            torch.manual_seed(sample.row.entry if self.config.cache else sample.row.seed)
+            latent = self.base.vae.encode(as_rgb(sample.picture))
+        return self.base.model.model.process_latent_in(latent).float().cpu()
+
+    def text(self, sample: Sample, latent: Tensor) -> tuple[dict[str, Any], tuple]:
+        """The host's conditioning of a caption, and where the subject's token stands in it."""
+        entries = convert_cond(self.clip.encode_from_tokens_scheduled(self.clip.tokenize(sample.caption)))
+        encode = self.base.model.model.extra_conds
+        [entry] = comfy.samplers.encode_model_conds(encode, entries[:1], latent, self.device, "positive")
+        [placements] = entry_placements(entry, self.ledger.sections)
+        return entry, (entry["cross_attn"].shape[1], tuple((p.column, p.weight) for p in placements))
+
+    def placed(self, entry: dict[str, Any], number: int) -> dict[str, Any]:
+        placements = entry_placements(entry, self.ledger.sections)
+        return with_places(entry, place_tensor(entry, placements, {self.config.placeholder: number}), None)
+
+    def join(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """One batch of the entries, put together by the host's own rules for contexts of different lengths."""
+        parts = [{k: c.process_cond(batch_size=1) for k, c in entry["model_conds"].items()} for entry in entries]
+        return {k: first.concat([part[k] for part in parts[1:]]) for k, first in parts[0].items()}
+
+    def draw_sigma(self, sample: Sample) -> Tensor:
+        sigmas = self.sampling.sigmas
+        return sigmas[torch.randint(len(sigmas), (1,), generator=sample.row.generator("time")).to(sigmas.device)]
+
+    def features(self, sample: Sample) -> Tensor:
+        """[1, I, image_dim] of the crop as Encode Subject makes it; zeros for nobody in particular."""
+        crop = fit(as_rgb(sample.crop), self.base.clip_vision.image_size, self.config.fit)
+        found = features(self.base.clip_vision, crop, self.adapter.config)
+        return found if sample.subject else torch.zeros_like(found)
+
+    def denoise(self, batch: Batch, pairs: Pairs) -> Tensor:
+        """The clean latents that the personalised UNet predicts, [B, C, h, w]."""
+        run = BatchRun(self.sites, [TrainedSubject(self.adapter)] * len(batch.groups), batch.groups, pairs)
+        patches = {site.key: LayerPatch(run, layer) for layer, site in enumerate(self.sites)}
+        options = {**self.base.model.model_options["transformer_options"], KEY: batch.layout, OVERRIDE: differentiable}
+        options["patches_replace"] = {**options.get("patches_replace", {}), "attn2": patches}
+        model = self.base.model.model
+        denoised = model.apply_model(batch.noisy, batch.sigma, transformer_options=options, **batch.conds)
+        if len(run.reached) < len(self.sites):
+            raise TrainingError(f"Only {len(run.reached)} of the model's {len(self.sites)} layers were personalised.")
+        return denoised
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Weight of each row's error, from what the host's sampling makes of a one and a zero at its noise."""
+        ones = torch.ones(len(sigma), 1, 1, 1, device=sigma.device)
+        zeros = torch.zeros_like(ones)
+        signal, noise = (self.sampling.noise_scaling(sigma, *pair) for pair in ((zeros, ones), (ones, zeros)))
+        scale = self.sampling.calculate_denoised(sigma, ones, zeros)
+        return loss_weight(scale.flatten(), snr_of(signal, noise).flatten(), self.config.min_snr_gamma)
+
+
+def differentiable(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The host's attention in PyTorch, in place of one that may have no gradient."""
+    return host_attention.attention_pytorch(*args, **kwargs)

@@ -1,0 +1,77 @@
+"""How a training is doing: the loss on entries kept apart, and pictures by the host's own sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import torch
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
+from torch import Tensor
+
+from ..adapter import NestedAdapter
+from ..files import write_atomically
+from ..subject import Subject
+from ..training.config import TrainingConfig
+from ..training.data import Sample
+from ..training.pictures import cover
+from ..training.trainer import Projector
+from .adapters import BoundSubject, LoadedAdapter, nested_tokens
+from .apply import apply_subject
+from .images import as_rgb
+from .training import DiffusionObjective
+
+STEPS, CFG, SAMPLER, SCHEDULER = 20, 5.0, "euler", "normal"
+
+
+class Validation:
+    """Called with the step and the averaged adapter; writes validation/STEP.png and returns the loss.
+
+    The samples stay the same throughout, with their noise and times, so that the losses can be compared.
+    """
+
+    def __init__(self, config: TrainingConfig, objective: DiffusionObjective, samples: list[Sample]):
+        self.config, self.objective, self.samples = config, objective, samples
+        self.loaded: LoadedAdapter | None = None
+
+    @torch.no_grad()
+    def __call__(self, step: int, adapter: NestedAdapter) -> dict[str, float]:
+        if self.config.validation_prompts:
+            picture = self.draw(adapter)
+            path = Path(self.config.output) / "validation" / f"{step:07}.png"
+            write_atomically(path, lambda file: picture.save(file, "PNG"))
+        project = Projector(adapter)
+        losses = [self.objective(project, [sample]).item() for sample in self.samples]
+        return {"validation": sum(losses) / len(losses)}
+
+    def draw(self, adapter: NestedAdapter) -> Any:
+        """The subject, and each prompt drawn with it, side by side."""
+        sample = self.samples[0]
+        crop = cover(as_rgb(sample.crop), sample.row.bucket)
+        pictures = [crop, *(self.sample(adapter, prompt) for prompt in self.config.validation_prompts)]
+        pixels = (torch.cat(pictures, dim=2)[0, ..., :3] * 255).round().clamp(0, 255).byte()
+        return Image.fromarray(pixels.cpu().numpy())
+
+    def sample(self, adapter: NestedAdapter, prompt: str) -> Tensor:
+        """One picture [1, H, W, 3] of the first sample's subject, through Apply Subject and the host's sampler."""
+        base, size = self.objective.base, self.samples[0].row.bucket
+        loaded = self.in_host(adapter)
+        tokens = nested_tokens(loaded, self.objective.features(self.samples[0]))
+        bound = BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
+        model, clip = apply_subject(base.model, base.clip, bound, placeholder=self.config.placeholder)
+        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
+        latent = torch.zeros_like(self.objective.latent(self.samples[0]))
+        noise = comfy.sample.prepare_noise(latent, self.config.seed)
+        settings = (STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent)
+        drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=self.config.seed)
+        return cover(base.vae.decode(drawn).cpu(), size)
+
+    def in_host(self, adapter: NestedAdapter) -> LoadedAdapter:
+        """The averaged adapter, which is one object throughout, as a model of the host."""
+        if self.loaded is None:
+            device = next(adapter.parameters()).device
+            patcher = ModelPatcher(adapter, load_device=device, offload_device=device)
+            self.loaded = LoadedAdapter(patcher, adapter.config, "in training", "in training")
+        return self.loaded

@@ -1,0 +1,69 @@
+"""Train an adapter: `python -m nested_attention.training --config FILE`, or through torchrun on several devices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .config import TrainingError, from_arguments
+from .trainer import world
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = from_arguments()
+        find_host()
+        distribute()
+        from ..host.base import load_base
+        from ..host.train import train
+
+        finished = train(config, load_base(config), stop=stop_signal())
+    except (TrainingError, ValueError, OSError) as error:
+        sys.exit(f"Training stopped: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not finished:
+        sys.exit("Interrupted; the checkpoint holds all steps so far. The same command goes on from there.")
+
+
+def find_host() -> None:
+    """Make ComfyUI importable: from COMFYUI_PATH, or as the one whose custom_nodes this pack is in."""
+    named = os.environ.get("COMFYUI_PATH")
+    places = [Path(named)] if named else list(Path(__file__).resolve().parents)
+    root = next((place for place in places if (place / "comfy" / "sd.py").exists()), None)
+    if root is None:
+        raise TrainingError("ComfyUI was not found. Set COMFYUI_PATH to its folder.")
+    sys.path.insert(0, str(root))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()  # before any other import of the host
+
+
+def distribute() -> None:
+    """Join the other processes where torchrun started several, each with a device of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        logging.getLogger().setLevel(logging.INFO if world()[0] == 0 else logging.WARNING)
+
+
+def stop_signal() -> Callable[[], bool]:
+    """Whether the user or the machine asked to stop; the step in work is finished and kept first."""
+    asked = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(True))
+    return lambda: bool(asked)
+
+
+if __name__ == "__main__":
+    main()

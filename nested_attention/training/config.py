@@ -1,0 +1,171 @@
+"""The settings of a training, from a TOML or JSON file and from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..adapter import FEATURE_LAYERS, FeatureLayer
+from ..attention import NORMS, Norm
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+FITS = ("center crop", "pad", "squash")
+PATHS = ("data", "output", "checkpoint", "diffusion_model", "text_encoders", "vae", "clip_vision", "start_from")
+FREE = ("output", "steps", "cache", "prefetch", "on_error", "log_every", "checkpoint_every", "validate_every")
+
+
+class TrainingError(RuntimeError):
+    """Why a training cannot begin or go on, in words for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """
+    data               folder of pictures with .txt captions beside them, or a .jsonl file
+    output             folder for the adapter, checkpoints, and the loss
+    checkpoint, diffusion_model, text_encoders, vae, clip_vision   files of the base model: a whole checkpoint or parts
+    start_from         an adapter to train further, instead of a fresh one
+    class_word         word of the captions that the subject takes the place of; the placeholder is <class_word>
+    queries .. norm_factor   the adapter, as in AdapterConfig
+    resolution         the pictures' side, or that of a square of equal area with `buckets` (aspect ratios kept)
+    fit, augment       how the subject's crop is made square, as in Encode Subject; strength of its augmentation
+    caption_dropout    how often a caption is the placeholder alone
+    subject_dropout    how often the image features are zero, so that the adapter also learns nobody in particular
+    min_snr_gamma      0: the plain loss in the base model's own target
+    precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
+    cache              keep latents and text states in memory
+    prefetch           micro-batches read ahead
+    holdout            entries that are only validated on; `validation_prompts` are drawn with the first of them
+    on_error           stop or skip, for broken entries and failed writes; what is skipped is named and counted
+    """
+
+    data: str
+    output: str
+    checkpoint: str = ""
+    diffusion_model: str = ""
+    text_encoders: tuple[str, ...] = ()
+    vae: str = ""
+    clip_vision: str = ""
+    start_from: str = ""
+
+    class_word: str = "person"
+    queries: int = 1024
+    dim: int = 1280
+    depth: int = 4
+    dim_head: int = 64
+    ff_mult: int = 4
+    feature_layer: FeatureLayer = "last"
+    norm: Norm = "rescale"
+    norm_factor: float = 2.0
+
+    resolution: int = 1024
+    buckets: bool = True
+    fit: Literal["center crop", "pad", "squash"] = "center crop"
+    augment: float = 1.0
+    caption_dropout: float = 0.05
+    subject_dropout: float = 0.05
+
+    steps: int = 10000
+    batch: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int = 500
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    min_snr_gamma: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = True
+    seed: int = 0
+
+    cache: bool = False
+    prefetch: int = 2
+    holdout: int = 0
+    validation_prompts: tuple[str, ...] = ()
+    log_every: int = 10
+    checkpoint_every: int = 500
+    validate_every: int = 500
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        choices = {"norm": NORMS, "feature_layer": FEATURE_LAYERS, "precision": PRECISIONS, "fit": FITS}
+        for name, allowed in {**choices, "on_error": ("stop", "skip")}.items():
+            if getattr(self, name) not in allowed:
+                raise TrainingError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+        whole = ("queries", "dim", "depth", "dim_head", "ff_mult", "resolution", "steps", "batch", "accumulation")
+        for name in (*whole, "log_every", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        for name in ("caption_dropout", "subject_dropout", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}, expected 0 to 1.")
+
+    @property
+    def placeholder(self) -> str:
+        return f"<{self.class_word}>"
+
+    def record(self) -> dict[str, Any]:
+        """The settings as an adapter file tells them: files by name, without the folders of this machine."""
+        settings = asdict(self)
+        for name in PATHS:
+            value = settings[name]
+            settings[name] = [Path(v).name for v in value] if isinstance(value, tuple) else Path(value).name
+        return json.loads(json.dumps(settings))
+
+
+def changed(before: dict[str, Any], now: TrainingConfig) -> list[str]:
+    """'batch: 4, was 2' for each setting that makes a resumed training another one."""
+    settings = now.record().items()
+    return [f"{k}: {v}, was {before.get(k)}" for k, v in settings if k not in FREE and before.get(k) != v]
+
+
+def from_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """Settings from `--config FILE` and options, which come before the file's.
+
+    Raises TrainingError where a setting is unknown, missing or out of its range.
+    """
+    given = vars(argument_parser().parse_args(arguments))
+    file = given.pop("config", None)
+    values = {**(read_file(Path(file)) if file else {}), **given}
+    known = {f.name for f in fields(TrainingConfig)}
+    if unknown := sorted(values.keys() - known):
+        raise TrainingError(f"Unknown settings: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}.")
+    if missing := [name for name in ("data", "output") if name not in values]:
+        raise TrainingError(f"These settings are missing: {', '.join(missing)}.")
+    return TrainingConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nested_attention.training", argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", help="TOML or JSON file of the settings below; options come before it")
+    hints = typing.get_type_hints(TrainingConfig)
+    for setting in fields(TrainingConfig):
+        option, hint = f"--{setting.name.replace('_', '-')}", hints[setting.name]
+        if hint is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(hint) is tuple:
+            parser.add_argument(option, nargs="*")
+        elif typing.get_origin(hint) is Literal:
+            parser.add_argument(option, choices=typing.get_args(hint))
+        else:
+            parser.add_argument(option, type=hint)
+    return parser
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".toml":
+            return json.loads(text)
+        import tomllib  # from Python 3.11 on
+
+        return tomllib.loads(text)
+    except ModuleNotFoundError as error:
+        raise TrainingError("TOML files need Python 3.11. Write the settings as JSON instead.") from error
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"The settings in {path} cannot be read: {error}") from error

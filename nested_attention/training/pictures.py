@@ -1,0 +1,98 @@
+"""Pictures: read, cut, made to fit, and varied without changing whom they show.
+
+All are [1, H, W, C] in 0..1. Reading needs Pillow, which comes with ComfyUI.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Size = tuple[int, int]  # width, height
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A picture file in Pillow. Raises OSError or ValueError where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (SyntaxError, Image.DecompressionBombError) as error:  # how Pillow speaks of broken and of huge files
+        raise ValueError(str(error)) from error
+
+
+def picture_size(path: Path) -> Size:
+    """Width and height as displayed, from the file's header."""
+    with opened(path) as image:
+        known = image.format != "PNG" or "exif" in image.info  # or Pillow reads all of the file to look for it
+        turned = known and image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
+        return image.size[::-1] if turned else image.size
+
+
+def read_picture(path: Path) -> Tensor:
+    """[1, H, W, 3], or 4 channels where there is transparency."""
+    from PIL import ImageOps
+
+    with opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(1, image.height, image.width, -1).float() / 255
+
+
+def bucket_sizes(resolution: int, step: int = 64) -> list[Size]:
+    """Sizes in multiples of `step`, of at most the area of a square of this side and aspects from 1:2 to 2:1."""
+    step = min(step, max(8, resolution // 8 // 8 * 8))
+    widths = range(step, 2 * resolution + 1, step)
+    sizes = [(w, resolution**2 // w // step * step) for w in widths]
+    return [(w, h) for w, h in sizes if h and 0.5 <= w / h <= 2]
+
+
+def nearest_bucket(size: Size, sizes: list[Size]) -> Size:
+    """The size of the nearest aspect ratio, and the largest of equally near ones."""
+    aspect = math.log(size[0] / size[1])
+    return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), -s[0] * s[1]))
+
+
+def cover(image: Tensor, size: Size) -> Tensor:
+    """Resized to cover this size, and the middle of it."""
+    w, h = size
+    scale = max(w / image.shape[2], h / image.shape[1])
+    target = (max(h, round(image.shape[1] * scale)), max(w, round(image.shape[2] * scale)))
+    resized = F.interpolate(rearrange(image, "b h w c -> b c h w"), target, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (target[0] - h) // 2, (target[1] - w) // 2
+    return rearrange(resized[..., top : top + h, left : left + w], "b c h w -> b h w c")
+
+
+def cut(image: Tensor, box: Box) -> Tensor:
+    left, top, right, bottom = (round(x) for x in box)
+    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def vary(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """The same subject in another photo: flipped, moved, turned and lit a little differently."""
+    flip, *draws = (torch.rand(8, generator=generator) * 2 - 1).tolist()
+    turn, zoom, right, down, brightness, contrast, saturation = (strength * x for x in draws)
+    angle, scale = math.radians(10) * turn, 1 + 0.1 * zoom
+    mirror = -1 if strength and flip < 0 else 1
+    cos, sin, aspect = math.cos(angle) * scale, math.sin(angle) * scale, image.shape[1] / image.shape[2]
+    affine = torch.tensor([[[mirror * cos, -sin * aspect, 0.05 * right], [mirror * sin / aspect, cos, 0.05 * down]]])
+    pixels = rearrange(image, "b h w c -> b c h w")
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    color = pixels[:, :3]
+    grey = color.mean(1, keepdim=True)
+    color = grey + (color - grey) * (1 + 0.2 * saturation)
+    color = (color - 0.5) * (1 + 0.2 * contrast) + 0.5 + 0.1 * brightness
+    return rearrange(torch.cat((color.clamp(0, 1), pixels[:, 3:]), dim=1), "b c h w -> b h w c")

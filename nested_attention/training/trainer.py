@@ -1,0 +1,216 @@
+"""The training loop. It knows the adapter and a loss; the base model is behind the loss.
+
+All chance lies in the rows, by their number: so a checkpoint is weights, moments and a step, and a training that was
+killed goes on as if nothing had happened. Processes share the rows of each batch and average the gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..adapter import NestedAdapter
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import TrainingConfig, TrainingError, changed
+from .data import Reader, Sample, Troubles
+from .progress import Progress
+
+log = logging.getLogger("nested_attention")
+Pairs = list[tuple[Tensor, Tensor]]
+Project = Callable[[Tensor], Pairs]
+Objective = Callable[[Project, Sequence[Sample]], Tensor]
+
+
+class Projector(nn.Module):
+    """All of an adapter in one forward, as gradients are averaged between processes around a forward."""
+
+    def __init__(self, adapter: NestedAdapter):
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, features: Tensor) -> Pairs:
+        """Image features [B, I, image_dim] to each layer's Kn and Vn, [B, M, inner]."""
+        tokens = self.adapter.resampler(features)
+        return [layer(tokens) for layer in self.adapter.layers]
+
+
+def world() -> tuple[int, int]:
+    """This process's number among how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Trainer:
+    """Trains an adapter in place; `average` is its running mean (EMA), which is what is saved in the end.
+
+    objective   loss of some samples, given the function from image features to nested keys and values
+    validate    called with the step and the averaged adapter; what it returns is recorded
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        adapter: NestedAdapter,
+        objective: Objective,
+        reader: Reader,
+        troubles: Troubles,
+        *,
+        validate: Callable[[int, NestedAdapter], dict[str, float]] | None = None,
+    ):
+        self.config, self.objective, self.reader, self.troubles = config, objective, reader, troubles
+        self.validate = validate
+        self.rank, self.processes = world()
+        self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
+        self.parameters = [p for p in adapter.parameters() if p.requires_grad]
+        self.project: nn.Module = Projector(adapter)
+        if self.processes > 1:
+            self.project = nn.parallel.DistributedDataParallel(self.project, broadcast_buffers=False)
+        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=config.weight_decay)
+        self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.step = 0
+        self.checkpoint = Path(config.output) / "checkpoint.pt"
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step, from the folder's checkpoint if there is one; whether `stop` did not end it before.
+
+        Raises TrainingError where the loss is no number, or at the first trouble if so configured.
+        """
+        if self.checkpoint.exists():
+            self.restore(load_checkpoint(self.checkpoint))
+        c = self.config
+        progress = (
+            Progress(Path(c.output), steps=c.steps, step=self.step, log_every=c.log_every) if self.leads else None
+        )
+        with ExitStack() as stack:
+            batches = self.batches(stack)
+            while self.step < c.steps:
+                loss, stopped = self.train_step(batches, stop())
+                self.note(progress, loss)
+                if stopped or self.step == c.steps or self.step % c.checkpoint_every == 0:
+                    self.keep(progress)
+                if stopped:
+                    return False
+        return True
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def batches(self, stack: ExitStack) -> Iterator[list[Sample]]:
+        """This process's part of each micro-batch from the current step on, read ahead in threads."""
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, self.config.prefetch)))
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        number = self.step * self.config.accumulation
+        ahead: list[list[Future[Sample]]] = []
+        while True:
+            while len(ahead) <= self.config.prefetch:
+                rows = self.reader.plan.rows(number)[self.rank :: self.processes]
+                ahead.append([pool.submit(self.reader, row) for row in rows])
+                number += 1
+            yield [sample.result() for sample in ahead.pop(0)]
+
+    def train_step(self, batches: Iterator[list[Sample]], stop: bool = False) -> tuple[float, bool]:
+        """One step of the optimizer. Returns its loss, and whether any process wants to stop."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        total = torch.zeros((), device=self.device)
+        for i in range(self.config.accumulation):
+            last = i == self.config.accumulation - 1
+            with nullcontext() if last or self.processes == 1 else self.project.no_sync():
+                loss = self.objective(self.project, next(batches)) / self.config.accumulation
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        result, stopped = self.mean(torch.stack((total, total.new_tensor(float(stop))))).tolist()
+        if not math.isfinite(result):
+            raise TrainingError(
+                f"The loss of step {self.step + 1} is {result}. The last checkpoint is from before. Lower the learning "
+                "rate, or use bf16 or fp32 in place of fp16."
+            )
+        self.update()
+        return result, stopped > 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        if self.processes > 1:
+            dist.all_reduce(values)
+        return values / self.processes
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        # The mean follows closely at first, or short trainings would keep their beginning in it.
+        decay = min(self.config.ema, self.step / (self.step + 10))
+        for mean, now in zip(self.average.parameters(), self.adapter.parameters(), strict=True):
+            mean.lerp_(now, 1 - decay)
+
+    def note(self, progress: Progress | None, loss: float) -> None:
+        """Record a step and, when it is time, validate. Only the first process does."""
+        if progress is None:
+            return
+        values = {"loss": loss, "rate": self.optimizer.param_groups[0]["lr"]}
+        due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
+        if self.validate is not None and due:
+            self.guard("The validation", lambda: values.update(self.validate(self.step, self.average)))
+        self.guard("The losses", lambda: progress.add(self.step, **values))
+
+    def keep(self, progress: Progress | None) -> None:
+        if progress is not None:
+            self.guard("The checkpoint", lambda: save_checkpoint(self.checkpoint, self.state()))
+            self.guard("The loss curve", progress.draw)
+        if self.processes > 1:
+            dist.barrier()
+
+    def guard(self, what: str, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            kept = " The one before it is still there." if self.checkpoint.exists() else ""
+            self.troubles.report(f"{what} of step {self.step} could not be written: {error}.{kept}")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "settings": self.config.record(),
+            "processes": self.processes,
+            "entries": self.reader.fingerprint(),
+            "adapter": self.adapter.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; says what makes it another training. TrainingError: another adapter."""
+        different = changed(state["settings"], self.config)
+        if state["entries"] != self.reader.fingerprint():
+            different.append("other entries in the data")
+        if state["processes"] != self.processes:
+            different.append(f"processes: {self.processes}, was {state['processes']}")
+        if different and self.leads:
+            log.warning("The training goes on with other settings than it had: %s.", "; ".join(different))
+        try:
+            self.adapter.load_state_dict(state["adapter"])
+            self.average.load_state_dict(state["average"])
+        except RuntimeError as error:
+            raise TrainingError(
+                f"The checkpoint in {self.checkpoint.parent} is of an adapter of another shape. Choose another output "
+                f"folder for a new training. ({'; '.join(different)})"
+            ) from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]

@@ -1,0 +1,202 @@
+"""The training loop: resumed, killed, shared between processes, out of disk, it is the same training."""
+
+import ast
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import Recording, make_trainer, settings
+
+from nested_attention.training.checkpoint import load_checkpoint, save_checkpoint
+from nested_attention.training.config import TrainingError, from_arguments
+from nested_attention.training.data import Entry, Plan
+from nested_attention.training.loss import diffusion_loss, loss_weight, snr_of
+from nested_attention.training.progress import read_losses
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_modules_need_no_comfyui():
+    """Pillow, the host and TensorBoard are imported by the functions that need them."""
+    for path in (ROOT / "nested_attention" / "training").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= {"torch", "einops", *sys.stdlib_module_names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert "host" not in (node.module or ""), path
+
+
+def start(folder, *, steps=12, batch=2, accumulation=1, pause=0.0, **environment):
+    command = [sys.executable, str(ROOT / "tests/support/toy_training.py"), *map(str, (folder, steps, batch))]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}", **environment}
+    return subprocess.Popen([*command, str(accumulation), str(pause)], env=environment)
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in read_losses(Path(folder) / "loss.jsonl")]
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path):
+    straight, resumed = (settings(tmp_path / name) for name in ("straight", "killed"))
+    killed = start(tmp_path / "killed", pause=0.1)
+    while len(losses(tmp_path / "killed")) < 5:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["step"] in (3, 6, 9)
+    states = []
+    for config in (straight, resumed):
+        trainer = make_trainer(config)
+        assert trainer.run()
+        states.append({name: trainer.state()[name] for name in ("adapter", "average", "optimizer")})
+    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 13))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_two_processes_are_one_with_the_joined_batch(tmp_path):
+    """Also with accumulated gradients: two steps of two micro-batches of two rows."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(tmp_path / "two", steps=2, batch=1, accumulation=2, RANK=str(r), **common) for r in range(2)]
+    (tmp_path / "one").mkdir()
+    one = make_trainer(settings(tmp_path / "one", steps=2, batch=2, accumulation=2), Recording)
+    assert one.run() and [process.wait() for process in ranks] == [0, 0]
+    expected = torch.load(tmp_path / "one" / "gradients-0.pt", weights_only=True)
+    for rank in range(2):
+        gradients = torch.load(tmp_path / "two" / f"gradients-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+    two = load_checkpoint(tmp_path / "two" / "checkpoint.pt")
+    torch.testing.assert_close(two["average"], dict(one.average.state_dict()))
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
+    make_trainer(settings(tmp_path, steps=1, batch=1, accumulation=4), Recording).run()
+    whole = make_trainer(settings(tmp_path, batch=1))
+    rows = [row for number in range(4) for row in whole.reader.plan.rows(number)]
+    whole.objective(whole.project, [whole.reader(row) for row in rows]).backward()
+    gradients = torch.load(tmp_path / "gradients-0.pt", weights_only=True)
+    torch.testing.assert_close(gradients, {name: p.grad for name, p in whole.adapter.named_parameters()})
+
+
+def test_stop_keeps_what_was_learnt(tmp_path):
+    trainer = make_trainer(settings(tmp_path))
+    assert not trainer.run(stop=lambda: trainer.step == 4)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+    again = make_trainer(settings(tmp_path))
+    assert again.run() and again.step == 12
+
+
+@contextmanager
+def full_disk(at: int = 4096):
+    """No file can grow beyond some bytes: writing fails in the middle, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+    with full_disk(), pytest.raises(OSError):
+        save_checkpoint(path, {"step": 2, "large": torch.zeros(100_000)})
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_stops_or_is_counted(tmp_path, caplog):
+    make_trainer(settings(tmp_path, steps=3)).run()
+    with full_disk(), pytest.raises(TrainingError, match="checkpoint of step 6 could not be written.*still there"):
+        make_trainer(settings(tmp_path)).run()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    trainer = make_trainer(settings(tmp_path, on_error="skip"))
+    with full_disk():
+        assert trainer.run()
+    assert trainer.troubles.count == 6 and "Skipped (5 so far): The checkpoint of step 12" in caplog.text
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_other_settings_are_said_and_another_adapter_is_refused(tmp_path, caplog):
+    make_trainer(settings(tmp_path, steps=3)).run()
+    make_trainer(settings(tmp_path, steps=4, learning_rate=1e-3)).run()
+    assert "other settings than it had: learning_rate: 0.001, was 0.01." in caplog.text
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, "adapter": {"x": torch.zeros(1)}})
+    with pytest.raises(TrainingError, match="another shape"):
+        make_trainer(settings(tmp_path)).run()
+
+
+def test_a_loss_that_is_no_number_stops(tmp_path):
+    trainer = make_trainer(settings(tmp_path))
+    trainer.objective = lambda project, samples: project(torch.cat([s.crop for s in samples]))[0][0].sum() * torch.nan
+    with pytest.raises(TrainingError, match="loss of step 1 is nan"):
+        trainer.run()
+
+
+def test_each_epoch_trains_on_every_entry():
+    entries = [Entry(Path(f"{i}.png"), "", (100 + 40 * (i % 3), 120)) for i in range(17)]
+    config = settings(Path("anywhere"), seed=3)
+    plan = Plan(entries, config, 1)
+    assert len(plan.buckets) == 3
+    for epoch in range(3):
+        numbers = range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch)
+        batches = [plan.rows(number) for number in numbers]
+        assert all(len({row.bucket for row in rows}) == 1 for rows in batches)
+        assert {row.entry for rows in batches for row in rows} == set(range(17))
+    again = Plan(entries, config, 1)
+    assert plan.rows(11) == again.rows(11)
+    assert len({row.seed for number in range(20) for row in plan.rows(number)}) == 40
+
+
+def test_losses_are_those_of_each_target():
+    """epsilon: the noise. v: alpha eps - sigma x. flow: eps - x. Each from the clean picture that a model predicts."""
+    make = torch.Generator().manual_seed(0)
+    clean, noise, wrong = torch.randn(3, 4, 2, 3, 3, generator=make, dtype=torch.float64)
+    sigma = torch.tensor([0.03, 0.5, 2.0, 14.0], dtype=torch.float64)
+    s = sigma.view(-1, 1, 1, 1)
+    noisy, alpha = clean + s * noise, (s**2 + 1) ** -0.5
+    v = alpha * noise - s * alpha * clean
+    cases = {
+        "epsilon": (noisy - s * (noise + wrong), sigma, sigma**-2),
+        "v": (noisy * alpha**2 - s * alpha * (v + wrong), sigma * alpha.flatten(), sigma**-2),
+        "flow": (clean - s * wrong, sigma, ((1 - sigma) / sigma) ** 2),
+    }
+    error = wrong.square().flatten(1).mean(1)
+    for name, (denoised, scale, snr) in cases.items():
+        plain = diffusion_loss(denoised.double(), clean, loss_weight(scale, snr, 0.0))
+        torch.testing.assert_close(plain, error.mean().to(plain), rtol=1e-3, atol=1e-4, msg=name)
+    capped = loss_weight(sigma, snr_of(torch.ones_like(sigma), sigma), 5.0)
+    torch.testing.assert_close(capped * sigma**2, (sigma**-2).clamp_max(5) / sigma**-2)  # min(snr, 5) / snr on epsilon
+
+
+def test_settings_from_a_file_and_options(tmp_path):
+    values = {"data": "d", "output": "o", "text_encoders": ["l", "g"], "steps": 7}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    config = from_arguments(["--config", str(tmp_path / "a.json"), "--steps", "9", "--no-buckets", "--norm", "off"])
+    assert (config.steps, config.text_encoders, config.buckets, config.norm) == (9, ("l", "g"), False, "off")
+    if sys.version_info >= (3, 11):
+        (tmp_path / "a.toml").write_text('data = "d"\noutput = "o"\nlearning_rate = 1e-3\n')
+        assert from_arguments(["--config", str(tmp_path / "a.toml")]).learning_rate == 1e-3
+    for text, problem in (("{", "cannot be read"), ('{"dat": 1}', "dat"), ('{"data": "d"}', "missing: output")):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(TrainingError, match=problem):
+            from_arguments(["--config", str(tmp_path / "b.json")])
+    with pytest.raises(TrainingError, match="batch is 0"):
+        from_arguments(["--data", "d", "--output", "o", "--batch", "0"])

@@ -1,0 +1,318 @@
+"""Training through the host: the forward is sampling's, the base stays as it was, what is learnt is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import comfy.model_sampling
+import comfy.samplers
+import pytest
+import torch
+from equations import Stands, expected_model
+from PIL import Image
+from reference import nested_attention
+from sampling import guide, noise, sample
+from small_models import make_model
+from small_training import losses, make_base, make_data, make_reader, samples_of, save_picture, settings
+
+from nested_attention.files import load_adapter, read_tensors, save_adapter
+from nested_attention.host import patch
+from nested_attention.host.adapters import BoundSubject
+from nested_attention.host.adapters import load_adapter as load_in_host
+from nested_attention.host.apply import apply_subject
+from nested_attention.host.base import DTYPES, attention_at, checkpointed, fresh_adapter
+from nested_attention.host.layers import cross_attention_sites
+from nested_attention.host.train import make_adapter, train
+from nested_attention.host.training import DiffusionObjective
+from nested_attention.subject import Subject
+from nested_attention.training import __main__ as command
+from nested_attention.training.config import TrainingError
+from nested_attention.training.data import Plan, Troubles, read_dataset
+from nested_attention.training.trainer import Projector
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("training"))
+
+
+def objective_of(base, config):
+    """An objective, its adapter, and the samples of the first batch."""
+    adapter = make_adapter(config, base)
+    objective = DiffusionObjective(base, adapter, config)
+    reader = make_reader(read_dataset(config, Troubles("stop")), config)
+    return objective, adapter, samples_of(reader)
+
+
+def gradients(base, objective, adapter, samples):
+    adapter.zero_grad()
+    with base.frozen():
+        objective(Projector(adapter), samples).backward()
+    return {name: p.grad.clone() for name, p in adapter.named_parameters()}
+
+
+def test_a_fresh_adapter_starts_from_the_layers_own_projections(base, folder):
+    adapter = fresh_adapter(settings(folder), base)
+    unet = base.model.model.diffusion_model
+    for site, layer in zip(cross_attention_sites(unet), adapter.layers, strict=True):
+        attention = attention_at(unet, site)
+        assert torch.equal(layer.to_k.weight, attention.to_k.weight)
+        assert torch.equal(layer.to_v.weight, attention.to_v.weight)
+    again = fresh_adapter(settings(folder), base)
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
+
+
+def denoised(model, positive, noisy, sigma):
+    """What a sampler is given by the model at one step, without guidance."""
+    seen = []
+
+    def look(inner, noise, sigmas, extra_args=None, callback=None, disable=None):
+        seen.append(inner(noisy, sigma, **extra_args))
+        return noise
+
+    guider = guide(model, positive, positive, cfg=1.0)
+    sampler = comfy.samplers.KSAMPLER(look)
+    guider.sample(noise(size=noisy.shape[2:]), torch.zeros_like(noisy), sampler, torch.cat((sigma, sigma * 0)), seed=1)
+    return seen[0]
+
+
+def test_training_forward_is_samplings_forward(base, folder, tmp_path):
+    """Each row of a batch with different pictures and captions, through Apply Subject and the host's guider."""
+    config = settings(folder, batch=3)
+    objective, adapter, samples = objective_of(base, config)
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(adapter, path)
+    loaded = load_in_host(str(path), path.name)
+    with torch.no_grad():
+        batch = objective.prepare(samples)
+        assert len(batch.groups) >= 2
+        trained = objective.denoise(batch, Projector(adapter)(batch.features))
+        for i in range(3):
+            tokens = adapter.resampler(batch.features[i : i + 1])
+            bound = bind(tokens, loaded)
+            model, clip = apply_subject(base.model, base.clip, bound, placeholder="<person>")
+            text = batch.conds["c_crossattn"][i]
+            caption = next(s.caption for s in samples if torch.equal(objective.latent(s), batch.clean[i : i + 1]))
+            positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+            assert torch.equal(positive[0][0][0], text)
+            step = (batch.noisy[i : i + 1], batch.sigma[i : i + 1])
+            sampled = denoised(model, positive, *step)
+            torch.testing.assert_close(trained[i : i + 1], sampled, rtol=1e-4, atol=1e-4)
+            column = clip.tokenize(caption)["l"][0]
+            column = next(c for c, (token, *_) in enumerate(column) if hasattr(token, "nested_placeholder"))
+            equations = expected_model(base.model, objective.sites, [(positive[0][0][0], [Stands(bound, (column,))])])
+            torch.testing.assert_close(sampled, denoised(equations, positive, *step), rtol=1e-3, atol=1e-3)
+
+
+def bind(tokens, loaded):
+    return BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
+
+
+def test_gradients_are_those_of_the_equations(base, folder, monkeypatch):
+    """With every layer's change computed one query at a time; later layers pass gradients on to earlier ones."""
+    objective, adapter, samples = objective_of(base, settings(folder, min_snr_gamma=5.0))
+    fast = gradients(base, objective, adapter, samples)
+
+    def slowly(out, q, k, v, tokens, text, lse):
+        rows = [[replace(t, keys=t.keys[i : i + 1], values=t.values[i : i + 1]) for t in tokens] for i in range(len(q))]
+        return out.copy_(nested_attention(q, k, v, rows))
+
+    monkeypatch.setattr(patch, "personalize", slowly)
+    slow = gradients(base, objective, adapter, samples)
+    for name, expected in slow.items():
+        assert expected.abs().max() > 0, name
+        torch.testing.assert_close(fast[name], expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item(), msg=name)
+
+
+def test_checkpointed_gradients_are_the_same(base, folder):
+    objective, adapter, samples = objective_of(base, settings(folder))
+    unet = base.model.model.diffusion_model
+    plain = gradients(base, objective, adapter, samples)
+    with checkpointed(unet):
+        assert any("forward" in vars(module) for module in unet.modules())
+        again = gradients(base, objective, adapter, samples)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def test_the_base_model_stays_frozen(base, folder, tmp_path):
+    before = [p.clone() for module in base.modules() for p in module.parameters()]
+    required = [p.requires_grad for module in base.modules() for p in module.parameters()]
+    config = settings(folder, output=str(tmp_path), gradient_checkpointing=True, learning_rate=0.1, steps=2)
+    assert train(config, base)
+    parameters = [p for module in base.modules() for p in module.parameters()]
+    assert all(p.grad is None for p in parameters)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    assert [p.requires_grad for p in parameters] == required
+    assert not base.model.model_options["transformer_options"].get("patches_replace")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_in_full(base, folder, tmp_path, precision):
+    half = replace(base, model=make_model(DTYPES[precision], DTYPES[precision]))
+    config = settings(folder, output=str(tmp_path), precision=precision, steps=2)
+    assert train(config, half)
+    full = settings(folder, output=str(tmp_path / "full"), steps=1)
+    assert train(full, base)
+    assert losses(config)[1] == pytest.approx(losses(full)[1], rel=0.05)
+    assert {p.dtype for p in load_adapter(tmp_path / "adapter.safetensors").parameters()} == {torch.float32}
+
+
+def test_a_base_that_nodes_loaded(folder, tmp_path):
+    """The host runs nodes in inference mode, whose tensors autograd refuses."""
+    with torch.inference_mode():
+        base = make_base()
+        with torch.inference_mode(False):
+            assert train(settings(folder, output=str(tmp_path), steps=1), base)
+        adapter = load_in_host(str(tmp_path / "adapter.safetensors"), "adapter.safetensors")
+        bound = bind(adapter.patcher.model.resampler(torch.randn(1, 17, 48)), adapter)
+        model, clip = apply_subject(base.model, base.clip, bound, placeholder="<person>")
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize("a <person>"))
+        assert sample(model, positive, positive).isfinite().all()
+
+
+def test_one_picture_is_learnt(base, tmp_path, monkeypatch):
+    """With the same noise at each step, as the loss depends on it more than on what is learnt."""
+    make_data(tmp_path, count=1)
+    rows = Plan.rows
+    monkeypatch.setattr(Plan, "rows", lambda plan, number: rows(plan, 0))
+    config = settings(tmp_path, steps=20, learning_rate=2e-2, norm="off", min_snr_gamma=1.0, cache=True)
+    assert train(config, base)
+    assert losses(config)[20] < 0.7 * losses(config)[1]
+
+
+def test_resumed_is_uninterrupted(base, folder, tmp_path):
+    """With everything that draws: augmentation, dropout, noise, several buckets."""
+    changes = {"augment": 1.0, "caption_dropout": 0.3, "subject_dropout": 0.3}
+    straight = settings(folder, output=str(tmp_path / "straight"), **changes)
+    assert train(straight, base)
+    parts = settings(folder, output=str(tmp_path / "parts"), **changes)
+    calls = iter([False, True])
+    assert not train(parts, base, stop=lambda: next(calls))
+    assert not (tmp_path / "parts" / "adapter.safetensors").exists()
+    assert train(parts, base)
+    assert losses(parts) == losses(straight) and len(losses(parts)) == 4
+    a, b = (read_tensors(tmp_path / name / "adapter.safetensors") for name in ("straight", "parts"))
+    assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+    record = json.loads(a[1]["training"])
+    assert record["steps"] == 4 and record["entries"] == 3 and record["settings"]["data"] == "data"
+    assert str(tmp_path) not in a[1]["training"]
+
+
+def test_a_fresh_adapter_at_strength_zero_is_the_host(base, folder, tmp_path):
+    adapter = fresh_adapter(settings(folder), base)
+    save_adapter(adapter, tmp_path / "fresh.safetensors")
+    loaded = load_in_host(str(tmp_path / "fresh.safetensors"), "fresh.safetensors")
+    bound = bind(adapter.resampler(torch.randn(1, 17, 48)).detach(), loaded)
+    model, clip = apply_subject(base.model, base.clip, bound, placeholder="<person>", strength=0.0)
+    ours, plain = clip.tokenize("a <person>"), base.clip.tokenize("a person")
+    positive, expected = clip.encode_from_tokens_scheduled(ours), base.clip.encode_from_tokens_scheduled(plain)
+    assert torch.equal(sample(model, positive, positive), sample(base.model, expected, expected))
+
+
+def test_weights_are_those_of_each_kind_of_model(base, folder, monkeypatch):
+    """The host's own scalings: the plain loss is the error of the model's output, whatever that output is."""
+    objective, _, _ = objective_of(base, settings(folder))
+    sigma = torch.tensor([0.1, 0.7])
+    for kind in (comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION, comfy.model_sampling.CONST):
+        sampling = type("Sampling", (comfy.model_sampling.ModelSamplingDiscrete, kind), {})()
+        monkeypatch.setattr(objective, "sampling", sampling)
+        x, right, wrong = torch.randn(3, 2, 4, 4, 4)
+        error = sampling.calculate_denoised(sigma, right, x) - sampling.calculate_denoised(sigma, wrong, x)
+        mine = objective.weight(sigma) * error.square().flatten(1).mean(1)
+        torch.testing.assert_close(mine, (right - wrong).square().flatten(1).mean(1), rtol=1e-3, atol=1e-4)
+
+
+BROKEN = {
+    '{"image": "gone.png", "caption": "a person"}': "gone.png",
+    '{"image": "0.png"}': "caption",
+    '{"image": "0.png", "caption": "a cat"}': "neither <person> nor the word person",
+    '{"image": "0.png", "caption": "a person", "box": [5, 5, 5, 9]}': "box .* is empty or outside",
+    '{"image": "0.png", "caption": "a person", "box": "all"}': "is not .left, top",
+    '{"image": "0.png", "caption": "a person", "crop": "gone.png"}': "gone.png",
+    '{"image": "0.png", "caption": "a person", "boxes": []}': "unknown keys boxes",
+    '{"image": "text.png", "caption": "a person"}': "text.png",
+    '{"image": "0.png", "caption": ': "line 9",
+    '"0.png"': "expected an object",
+}
+
+
+def test_every_kind_of_broken_entry_is_named(folder, tmp_path, caplog):
+    save_picture(tmp_path / "0.png", 0)
+    (tmp_path / "text.png").write_text("no picture")
+    good = '{"image": "0.png", "caption": "A Person reads", "box": [2, 3, 20, 30]}'
+    data = tmp_path / "data.jsonl"
+    data.write_bytes("\n".join([*BROKEN, good, ""]).encode() + b'{"image": "0.png", "caption": "\xff"}\n')
+    config = settings(tmp_path, data=str(data), on_error="skip")
+    troubles = Troubles("skip")
+    [entry] = read_dataset(config, troubles)
+    assert (entry.caption, entry.box, entry.size) == ("A <person> reads", (2, 3, 20, 30), (48, 40))
+    assert troubles.count == len(BROKEN) + 1
+    for i, problem in enumerate(BROKEN.values()):
+        with pytest.raises(TrainingError, match=problem):
+            data.write_text(list(BROKEN)[i] if i != 8 else "\n" * 8 + list(BROKEN)[i])
+            read_dataset(config, Troubles("stop"))
+    with pytest.raises(TrainingError, match="no usable entry"):
+        read_dataset(config, Troubles("skip"))
+
+
+def test_broken_files_in_a_folder(tmp_path, caplog):
+    make_data(tmp_path, count=3)
+    data = tmp_path / "data"
+    save_picture(data / "alone.png", 5)
+    (data / "1.txt").write_bytes(b"\xff\xfe\x00")
+    (data / "2.png").write_bytes((data / "2.png").read_bytes()[:-40])  # its header is whole
+    save_picture(data / "0.subject.png", 9, size=(16, 24))
+    config = settings(tmp_path, on_error="skip")
+    troubles = Troubles("skip")
+    entries = read_dataset(config, troubles)
+    assert [e.image.name for e in entries] == ["0.png", "2.png"] and troubles.count == 2
+    assert "alone.png: no caption beside it (expected alone.txt)" in caplog.text
+    reader = make_reader(entries, config)
+    read = [s for number in range(3) for s in samples_of(reader, number)]
+    assert {s.row.entry for s in read} == {0} and reader.troubles.count == 1 and "2.png" in caplog.text
+    assert read[0].crop.shape == (1, 24, 16, 3) and read[0].picture.shape[1:3] == read[0].row.bucket[::-1]
+    with pytest.raises(TrainingError, match="2.png"):
+        strict = make_reader(entries, settings(tmp_path))
+        [samples_of(strict, number) for number in range(3)]
+
+
+def test_pictures_of_any_kind(tmp_path):
+    from nested_attention.training.pictures import cover, picture_size, read_picture, vary
+
+    for mode, channels in {"L": 3, "RGB": 3, "RGBA": 4, "P": 3, "LA": 4, "CMYK": 3}.items():
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (30, 20)).save(path)
+        picture = read_picture(path)
+        assert picture.shape == (1, 20, 30, channels) and picture_size(path) == (30, 20)
+        assert cover(picture, (16, 24)).shape == (1, 24, 16, channels)
+        varied = vary(picture, 1.0, torch.Generator().manual_seed(0))
+        assert varied.shape == picture.shape and 0 <= varied.min() <= varied.max() <= 1
+    picture = torch.rand(1, 20, 30, 3)
+    assert torch.allclose(vary(picture, 0.0, torch.Generator().manual_seed(0)), picture, atol=1e-5)
+
+
+def test_the_command(base, folder, tmp_path, monkeypatch):
+    """From a file of settings, with validation pictures, then further from its own adapter."""
+    monkeypatch.setattr("nested_attention.host.base.load_base", lambda config: base)
+    monkeypatch.setattr(command, "find_host", lambda: None)
+    values = {**settings(folder).record(), "data": str(folder / "data"), "output": str(tmp_path / "a"), "steps": 2}
+    values |= {"holdout": 1, "validation_prompts": ["a <person>"], "validate_every": 2}
+    (tmp_path / "settings.json").write_text(json.dumps(values))
+    monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "settings.json")])
+    command.main()
+    files = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.*")}
+    assert {"adapter.safetensors", "checkpoint.pt", "loss.png", "loss.jsonl", "validation/0000002.png"} <= files
+    assert Image.open(tmp_path / "a/validation/0000002.png").width > 32
+    last = json.loads((tmp_path / "a/loss.jsonl").read_text().splitlines()[-1])
+    assert last["validation"] > 0
+    further = ["--output", str(tmp_path / "b"), "--start-from", str(tmp_path / "a/adapter.safetensors")]
+    monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "settings.json"), *further, "--batch", "1"])
+    command.main()
+    assert load_adapter(tmp_path / "b" / "adapter.safetensors").config == load_adapter(further[-1]).config
