@@ -1,0 +1,102 @@
+"""Saved workflows on a real server, cut down to what a small machine draws in seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+from PIL import Image
+
+from scripts.client import Client, Prompt
+from scripts.environment import ROOT
+from scripts.workflow import read_graph, to_prompt
+
+WORKFLOWS = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
+PHOTOS = ("astronaut.png", "chelsea.png")
+PIXELS = 128
+STEPS = 2
+TEXT_MESSAGE = 3  # of the server's binary messages
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A server with generated weights; `info` is its description of the node classes."""
+
+    client: Client
+    info: dict[str, Any]
+
+    def prompt(self, workflow: str, base: str = "sd15", pixels: int = PIXELS) -> Prompt:
+        """A saved workflow with the generated weights, our photographs, a small latent and few steps."""
+        prompt = to_prompt(read_graph(WORKFLOWS[workflow]), self.info)
+        changes = {
+            "CheckpointLoaderSimple": {"ckpt_name": f"generated-{base}.safetensors"},
+            "NestedAttentionLoadAdapter": {"adapter_name": f"generated-person-{base}.safetensors"},
+            "CLIPVisionLoader": {"clip_name": "generated-vit-h.safetensors"},
+            "EmptyLatentImage": {"width": pixels, "height": pixels},
+            "KSampler": {"seed": 1, "steps": STEPS},
+        }
+        for node in prompt.values():
+            node["inputs"].update(changes.get(node["class_type"], {}))
+        for node_id, photo in zip(ids(prompt, "LoadImage"), PHOTOS, strict=False):
+            prompt[node_id]["inputs"]["image"] = photo
+        return prompt
+
+    def draw(self, prompt: Prompt) -> np.ndarray:
+        """The picture that a prompt saves. The sampler must have run, not the server's cache."""
+        reached = set()
+        (png,) = self.client.run(prompt, lambda progress: reached.add(progress.node_id))
+        assert reached >= set(ids(prompt, "KSampler"))
+        return pixels_of(png)
+
+
+def ids(prompt: Prompt, class_type: str) -> list[str]:
+    return [node_id for node_id, node in prompt.items() if node["class_type"] == class_type]
+
+
+def change(prompt: Prompt, class_type: str, number: int = 0, **inputs: Any) -> str:
+    """Change inputs of the so-manieth node of a class, in place; returns its id."""
+    node_id = ids(prompt, class_type)[number]
+    assert inputs.keys() <= prompt[node_id]["inputs"].keys()
+    prompt[node_id]["inputs"].update(inputs)
+    return node_id
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@contextmanager
+def texts_on_nodes(address: str) -> Iterator[list[tuple[str, str]]]:
+    """Collect (node id, text) of what the server shows on nodes while the block runs."""
+    found: list[tuple[str, str]] = []
+    connected, finished = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(_listen(address, found, connected, finished)))
+    thread.start()
+    try:
+        assert connected.wait(30)
+        yield found
+    finally:
+        finished.set()
+        thread.join()
+
+
+async def _listen(address: str, found: list, connected: threading.Event, finished: threading.Event) -> None:
+    async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws", max_msg_size=0) as socket:
+        connected.set()
+        while not finished.is_set():
+            try:
+                message = await socket.receive(timeout=0.2)
+            except asyncio.TimeoutError:
+                continue
+            if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == struct.pack(">I", TEXT_MESSAGE):
+                (length,) = struct.unpack(">I", message.data[4:8])
+                node_id, text = message.data[8 : 8 + length], message.data[8 + length :]
+                found.append((node_id.decode(), text.decode()))
