@@ -40,6 +40,8 @@ def canonical(
     Dialects: our own (configuration in the metadata), IP-Adapter files, saved training modules, and their variants.
     Raises AdapterFileError with what was found and what was expected.
     """
+    if not isinstance(state, Mapping):
+        raise AdapterFileError(f"The file holds a {type(state).__name__}. Expected {EXPECTED}.")
     tensors = {clean(name): tensor for name, tensor in flatten(state)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
     if metadata and METADATA_KEY in metadata:

@@ -72,4 +72,3 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig, FeatureLayer, NestedAdapter, fingerprint
 from ..attention import Norm, split_heads
+from ..dialects import AdapterFileError
 from ..files import build_adapter
 from ..subject import Subject
 
@@ -48,7 +50,7 @@ def load_adapter(
 
 def adapter_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     """An adapter file as a model of the host, which can make further ones for other devices by itself."""
-    state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    state, metadata = read_weights(path)
     adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
     # Looked up now: the host chooses its class of patchers after start.
     make = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -59,6 +61,18 @@ def adapter_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     )
     patcher.cached_patcher_init = (adapter_patcher, (path,))
     return patcher
+
+
+def read_weights(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. Raises AdapterFileError where it cannot be read."""
+    try:
+        return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except Exception as error:  # each format has errors of its own, and none names the file
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise AdapterFileError(
+            f"{Path(path).name} cannot be read: {reason}. It is damaged, not completely downloaded, or no weights at "
+            "all (a web page saved under its name, say). Download it again."
+        ) from error
 
 
 def bind(subject: Subject, adapter: LoadedAdapter) -> BoundSubject:

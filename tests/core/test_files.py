@@ -185,6 +185,11 @@ def test_a_checkpoint_is_refused():
         canonical(state)
 
 
+def test_a_list_is_refused():
+    with pytest.raises(AdapterFileError, match="holds a list"):
+        canonical([torch.zeros(1)])
+
+
 def test_configuration_of_a_newer_version():
     text = json.dumps({**json.loads(CONFIG.to_json()), "shiny": 1})
     with pytest.raises(ValueError, match="shiny.*newer version"):

@@ -100,6 +100,13 @@ def test_adapter_for_another_model(tmp_path, base_model, base_clip, sites, layer
     assert "'other.safetensors' was made for an unknown base model" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["page.safetensors", "page.bin"])
+def test_unreadable_file(tmp_path, name):
+    (tmp_path / name).write_text("<!DOCTYPE html><html>Please log in</html>" * 100)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*Download it again"):
+        load_adapter(str(tmp_path / name), name)
+
+
 def test_models_of_another_kind():
     with pytest.raises(ValueError, match="UNets of the Stable Diffusion family .* this model is a Linear"):
         cross_attention_sites(torch.nn.Linear(1, 1))
