@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if not __package__:  # run as a script, not imported
+    sys.path[0] = str(ROOT)
 
 from scripts.environment import Host, SetupError, ensure_host, enter, say  # noqa: E402
 

@@ -10,8 +10,13 @@ log = logging.getLogger("nested_attention")
 
 
 def warn(text: str, node_id: str | None = None) -> None:
-    """Log a warning and, under a server, show it on the node."""
+    """Log a warning and show it on the node."""
     log.warning("Nested Attention: %s", text)
+    show(text, node_id)
+
+
+def show(text: str, node_id: str | None) -> None:
+    """Show text on a node in place of what stood there, under a server. The front end reads it as HTML."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(html.escape(text, quote=False), node_id)  # nodes show it as HTML
+        server.send_progress_text(html.escape(text, quote=False), node_id)

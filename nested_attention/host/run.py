@@ -23,7 +23,7 @@ from . import KEY
 from .adapters import LoadedAdapter, nested_pair
 from .layers import Site, cross_attention_sites
 from .marks import Ledger
-from .notice import warn
+from .notice import show, warn
 from .patch import LayerPatch
 from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_places
 
@@ -65,10 +65,13 @@ class Personalization:
         found = {kind: [entry_placements(entry, ledger) for entry in entries] for kind, entries in guider.conds.items()}
         present = {p.placeholder for rows in found.values() for entry in rows for row in entry for p in row}
         for subject in subjects:
-            if subject.placeholder not in present:
+            if subject.placeholder in present:
+                # Also takes the place of a warning of an earlier run.
+                show(f"{subject.placeholder} stands in the prompt.", subject.node_id)
+            else:
                 warn(
-                    f"No prompt of this run holds {subject.placeholder}, so the picture does not show its subject. "
-                    f"Write {subject.placeholder} into the positive prompt, encoded with the CLIP of Apply Subject.",
+                    f"No prompt holds {subject.placeholder}, so the picture does not show its subject. Write "
+                    f"{subject.placeholder} into the positive prompt, encoded with the CLIP of Apply Subject.",
                     subject.node_id,
                 )
         numbers = {subject.placeholder: i for i, subject in enumerate(subjects)}

@@ -109,4 +109,4 @@ def test_missing_placeholder_warns(applied, base_model, caplog):
     model, clip = applied
     positive, negative = encode(clip, PLAIN), encode(clip, "bad")
     assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
-    assert "No prompt of this run holds <person>" in caplog.text
+    assert "No prompt holds <person>" in caplog.text
