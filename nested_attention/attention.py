@@ -71,21 +71,38 @@ def has_fused_lse(q: Tensor) -> bool:
     return q.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain attention [B, H, N, D] over the text and the log-sum-exp of its logits, [B, H, N] at least in fp32."""
+def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Plain attention [B, H, N, D] over the text, and the log-sum-exp [B, H, N] of its logits where that is free."""
     if has_fused_lse(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=q.shape[-1] ** -0.5)
-    return F.scaled_dot_product_attention(q, k, v), log_sum_exp(q, k)
+    return F.scaled_dot_product_attention(q, k, v), None
 
 
-def log_sum_exp(q: Tensor, k: Tensor, chunk: int = 2048) -> Tensor:
-    """Log-sum-exp over the text logits, [B, H, N], a chunk of queries at a time to bound the memory."""
-    keys = k.transpose(-1, -2) * k.shape[-1] ** -0.5
-    return torch.cat([torch.logsumexp(at_least_fp32(part @ keys), dim=-1) for part in q.split(chunk, dim=2)], dim=2)
+def at_columns(x: Tensor, tokens: list[NestedToken], dim: int) -> Tensor:
+    """What stands at the subjects' S columns. Slices: a list of indices would have to travel to the device."""
+    return torch.stack([x.select(dim, c) for token in tokens for c in token.columns], dim=dim)
+
+
+def subject_logits(q: Tensor, k: Tensor, tokens: list[NestedToken]) -> Tensor:
+    """Logits of the subject columns, [B, H, N, S] at least in fp32."""
+    return at_least_fp32(q) @ at_least_fp32(at_columns(k, tokens, 2)).transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def subject_probabilities(q: Tensor, k: Tensor, tokens: list[NestedToken], chunk: int = 2048) -> Tensor:
+    """p_s, [B, H, N, S] at least in fp32, from the whole softmax, a chunk of queries at a time."""
+    keys = at_least_fp32(k).transpose(-1, -2) * k.shape[-1] ** -0.5
+    softmax = ((at_least_fp32(part) @ keys).softmax(-1) for part in q.split(chunk, dim=2))
+    return torch.cat([at_columns(part, tokens, 3) for part in softmax], dim=2)
 
 
 def personalize(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: list[NestedToken], text: Tensor, lse: Tensor
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: list[NestedToken],
+    text: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Add to attention output what the subjects' tokens change in it (eq. 2 and 3), in place.
 
@@ -94,28 +111,28 @@ def personalize(
 
     out        attention output [B, H, N, D], changed in place and returned
     q, k, v    the layer's queries [B, H, N, D] and text keys and values [B, H, T, D]
-    text, lse  what `text_attention(q, k, v)` gave; `text` is read where a token weight differs from 1
+    text, lse  what `text_attention(q, k, v)` gave, where it was called
     """
-    k_s, v_s = (torch.stack([x[:, :, c] for token in tokens for c in token.columns], dim=2) for x in (k, v))
-    logits = at_least_fp32(q) @ at_least_fp32(k_s).transpose(-1, -2) * q.shape[-1] ** -0.5
-    p = torch.exp(logits - lse[..., None])
+    v_s = at_columns(v, tokens, 2)
+    p = subject_probabilities(q, k, tokens) if lse is None else (subject_logits(q, k, tokens) - lse[..., None]).exp()
     if any(token.weight != 1 for token in tokens):
-        p, change = raise_tokens(p, logits, v_s, text, tokens)
+        text = text_attention(q, k, v)[0] if text is None else text
+        p, change = raise_tokens(p, subject_logits(q, k, tokens), v_s, text, tokens)
         out += change
-
-    # Only `out` changes in place: the rest is kept for gradients.
-    parts = [part * reach(token) for token, part in zip(tokens, split_columns(p, tokens), strict=True)]
-    out -= torch.cat(parts, dim=-1).to(v_s.dtype) @ v_s
-
-    for token, part, norm in zip(tokens, parts, split_columns(norm_over_heads(v_s), tokens), strict=True):
-        star = per_query_values(q, token)
-        out.addcmul_(star, (part * norm_scale(star, norm, token)).sum(-1, keepdim=True).to(star.dtype))
+    sizes = [len(token.columns) for token in tokens]
+    for token, part, shared in zip(tokens, p.split(sizes, dim=-1), v_s.split(sizes, dim=2), strict=True):
+        swap_values(out, q, part * reach(token), shared, token)
     return out
 
 
-def split_columns(x: Tensor, tokens: list[NestedToken]) -> tuple[Tensor, ...]:
-    """Each token's columns [..., its S] of what stands side by side, [..., S]."""
-    return x.split([len(token.columns) for token in tokens], dim=-1)
+def swap_values(out: Tensor, q: Tensor, p: Tensor, v_s: Tensor, token: NestedToken) -> None:
+    """Add p_s (v* - V_s) of one subject's columns to `out`: p [B, H, N, S], V_s [B, H, S, D]."""
+    # Only `out` changes in place: the rest is kept for gradients. One pass a term, and none makes a tensor of its size.
+    star = per_query_values(q, token)
+    scale = norm_scale(star, norm_over_heads(v_s), token)
+    out.addcmul_(star, (p * scale).sum(-1, keepdim=True).to(star.dtype))
+    for part, shared in zip(p.to(v_s.dtype).split(1, dim=-1), v_s.split(1, dim=2), strict=True):
+        out.addcmul_(part, shared, value=-1)
 
 
 def reach(token: NestedToken) -> Tensor | float:
@@ -143,7 +160,7 @@ def raise_tokens(
     p, logits   probabilities and logits of the subject columns, [B, H, N, S]
     Returns the new probabilities, and the change of the plain text attention, [B, H, N, D].
     """
-    parts = zip(tokens, split_columns(logits, tokens), strict=True)
+    parts = zip(tokens, logits.split([len(token.columns) for token in tokens], dim=-1), strict=True)
     raised = torch.cat([torch.maximum(part, token.weight * part) for token, part in parts], dim=-1)
     gain = torch.expm1((raised - logits).clamp_max(80))
     total = 1 + (p * gain).sum(-1, keepdim=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..attention import (
     NestedToken,
     has_fused_lse,
-    log_sum_exp,
     merge_heads,
     personalize,
     split_heads,
@@ -74,15 +73,15 @@ class LayerPatch:
             text, lse = text_attention(qh, kh, vh)
             out = text
         else:
-            # A copy: the output of others may be a tensor that they keep.
             text, lse = None, None
-            out = split_heads(self.attend(q, k, v, options).clone(), heads)
+            out = split_heads(self.attend(q, k, v, options), heads)
+            if layout.groups and (self.previous is not None or OVERRIDE in options):
+                out = out.clone()  # the output of others may be a tensor that they keep
         for rows in layout.groups:
             span = slice(rows.start, rows.stop)
             part = [x[span] for x in (qh, kh, vh)]
             tokens = self.tokens(part[0], rows, layout, options)
-            stats = (text[span], lse[span]) if text is not None else text_statistics(*part, tokens)
-            personalize(out[span], *part, tokens, *stats)
+            personalize(out[span], *part, tokens, *(() if text is None else (text[span], lse[span])))
         return merge_heads(out)
 
     def is_plain(self, q: Tensor, options: dict[str, Any]) -> bool:
@@ -109,10 +108,3 @@ class LayerPatch:
                 )
             )
         return tokens
-
-
-def text_statistics(q: Tensor, k: Tensor, v: Tensor, tokens: list[NestedToken]) -> tuple[Tensor, Tensor]:
-    """Text attention and log-sum-exp beside an attention that others compute; the former only where it is read."""
-    if has_fused_lse(q) or any(token.weight != 1 for token in tokens):
-        return text_attention(q, k, v)
-    return q, log_sum_exp(q, k)

@@ -32,7 +32,7 @@ def fast(q, k, v, rows):
     for i, tokens in enumerate(rows):
         part = slice(i, i + 1)
         if tokens:
-            personalize(out[part], q[part], k[part], v[part], tokens, text[part], lse[part])
+            personalize(out[part], q[part], k[part], v[part], tokens, text[part], None if lse is None else lse[part])
     return out
 
 
