@@ -88,11 +88,15 @@ class NestedProjection(nn.Module):
 
 
 class NestedAdapter(nn.Module):
-    """Image features to nested tokens (`resampler`), nested tokens to each layer's Kn and Vn (`layers`)."""
+    """Image features to nested tokens (`resampler`), nested tokens to each layer's Kn and Vn (`layers`).
+
+    notes   what its file says beside the configuration: licence, base model, training record
+    """
 
     def __init__(self, config: AdapterConfig, *, operations: Any = nn):
         super().__init__()
         self.config = config
+        self.notes: dict[str, str] = {}
         self.resampler = Resampler(
             image_dim=config.image_dim,
             dim=config.dim,

@@ -40,6 +40,7 @@ def build_adapter(state: Mapping[str, Any], metadata: Mapping[str, str], *, oper
         more = [f"  and {len(lines) - 8} more"] if len(lines) > 8 else []
         raise AdapterFileError("The adapter does not fit its own configuration:\n" + "\n".join(lines[:8] + more))
     adapter.load_state_dict(tensors, assign=True)
+    adapter.notes = {name: text for name, text in metadata.items() if name != METADATA_KEY}
     return adapter.requires_grad_(False).eval()
 
 
@@ -53,16 +54,21 @@ def save_adapter(adapter: NestedAdapter, path: str | Path, *, notes: Mapping[str
     write_tensors(path, adapter.state_dict(), {**(notes or {}), METADATA_KEY: adapter.config.to_json()})
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, shared: bool = False
+) -> None:
     """Write a safetensors file such that it is there whole or not at all."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(Path(path), lambda file: file.write(save(content, metadata=dict(metadata))))
+    write_atomically(Path(path), lambda file: file.write(save(content, metadata=dict(metadata))), shared=shared)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside the file, then replace it: a full disk or a killed process leaves the old one as it was."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], *, shared: bool = False) -> None:
+    """Write beside the file, then replace it: a full disk or a killed process leaves the old one as it was.
+
+    shared   another process may write the same file at the same time
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
             write(file)

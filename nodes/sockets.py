@@ -13,6 +13,7 @@ Subject = io.Custom("NESTED_SUBJECT")
 CATEGORY = "conditioning/nested attention"
 ADAPTERS = "nested_attention"
 SUBJECTS = "nested_attention_subjects"
+RUNS = "nested_attention"  # of the output folder: what trainings write
 FILES = {ADAPTERS: {".safetensors", ".sft", ".bin", ".pt", ".pth"}, SUBJECTS: {".safetensors"}}
 
 
@@ -40,6 +41,15 @@ def full_path(folder: str, name: str) -> str:
         places = " or ".join(folder_paths.get_folder_paths(folder))
         raise ValueError(f"There is no file '{name}'. Put it into {places}, then press R to refresh the list.")
     return path
+
+
+def new_file(folder: str, prefix: str) -> tuple[str, str]:
+    """A path of a model folder where nothing is yet, numbered as the host's savers do, and its name in the folder."""
+    root = folder_paths.get_folder_paths(folder)[0]
+    os.makedirs(root, exist_ok=True)
+    place, name, number, _, _ = folder_paths.get_save_image_path(prefix, root)
+    path = os.path.join(place, f"{name}_{number:05}_.safetensors")
+    return path, os.path.relpath(path, root)
 
 
 def modified(folder: str, name: str) -> float:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..nested_attention.host.adapters import BoundSubject, bind, load_adapter, nested_tokens
 from ..nested_attention.host.images import encode
 from ..nested_attention.subject import Subject as SubjectTokens
 from ..nested_attention.subject import combine, join_photos, load_subject, save_subject
-from .sockets import ADAPTERS, CATEGORY, SUBJECTS, Adapter, Subject, choices, full_path, modified
+from .sockets import ADAPTERS, CATEGORY, SUBJECTS, Adapter, Subject, choices, full_path, modified, new_file
 
 
 class EncodeSubject(io.ComfyNode):
@@ -112,12 +110,9 @@ class SaveSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, subject, filename_prefix: str) -> io.NodeOutput:
-        root = folder_paths.get_folder_paths(SUBJECTS)[0]
-        os.makedirs(root, exist_ok=True)
-        folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        path = os.path.join(folder, f"{name}_{number:05}_.safetensors")
+        path, shown = new_file(SUBJECTS, filename_prefix)
         save_subject(subject.subject, path)
-        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {os.path.relpath(path, root)}"))
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {shown}"))
 
 
 class LoadSubject(io.ComfyNode):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig, FeatureLayer, NestedAdapter, fingerprint
 from ..attention import Norm, split_heads
-from ..dialects import AdapterFileError
-from ..files import build_adapter
+from ..dialects import METADATA_KEY, AdapterFileError
+from ..files import build_adapter, write_tensors
 from ..subject import Subject
 
 
@@ -46,6 +46,19 @@ def load_adapter(
     config = patcher.model.config
     config = replace(config, feature_layer=feature_layer or config.feature_layer, norm=norm or config.norm)
     return LoadedAdapter(patcher, config, name, fingerprint(patcher.model.state_dict()))
+
+
+def save_adapter(adapter: LoadedAdapter, path: str) -> None:
+    """Write an adapter in the own format, in its precision, with the user's choices and the notes of its own file."""
+    module = adapter.patcher.model
+    write_tensors(path, module.state_dict(), {**module.notes, METADATA_KEY: adapter.config.to_json()})
+
+
+def trainable_copy(adapter: LoadedAdapter) -> NestedAdapter:
+    """The same adapter in fp32 on the CPU, apart from the host."""
+    copy = NestedAdapter(adapter.config)
+    copy.load_state_dict(adapter.patcher.model.state_dict())
+    return copy
 
 
 def adapter_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:

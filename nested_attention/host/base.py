@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.clip_vision
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
@@ -16,7 +17,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import AdapterConfig, NestedAdapter
+from ..adapter import AdapterConfig, NestedAdapter, fingerprint
 from ..training.config import TrainingConfig, TrainingError
 from .layers import Site, cross_attention_sites
 
@@ -59,6 +60,15 @@ def leave_inference_mode(root: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_inference():
                 module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+
+
+def identity(base: Base) -> str:
+    """Tells apart the models, and what was done to them, that make latents and text states."""
+    comfy.model_management.load_models_gpu([base.clip.patcher])  # so that what patches it is in the weights
+    clip, vae = base.clip, getattr(base.vae, "first_stage_model", None)
+    parts = [fingerprint(m.state_dict()) for m in (clip.cond_stage_model, vae) if isinstance(m, nn.Module)]
+    patches = clip.patcher.patches_uuid if clip.patcher.patches else None  # some may not be
+    return repr((parts, type(base.vae).__name__, getattr(base.vae, "vae_dtype", None), clip.layer_idx, patches))
 
 
 def load_base(config: TrainingConfig) -> Base:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from comfy.model_management import InterruptProcessingException
 
 from ..adapter import NestedAdapter
+from ..base_models import describe
 from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
 from ..training.data import Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
@@ -22,35 +26,59 @@ from .training import DiffusionObjective
 from .validation import Validation
 
 log = logging.getLogger("nested_attention")
+ADAPTER = "adapter.safetensors"
+
+Watch = Callable[[int, str, Any], None]
 
 
-def train(config: TrainingConfig, base: Base, *, stop: Callable[[], bool] = lambda: False) -> bool:
+def train(
+    config: TrainingConfig,
+    base: Base,
+    *,
+    start: NestedAdapter | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Watch = lambda step, line, picture: None,
+) -> bool:
     """Train on a base model and write output/adapter.safetensors; whether `stop` did not end it before its last step.
 
-    Raises TrainingError.
+    start   an adapter to train further, in place of the file `start_from`
+    watch   called with each step, its line for the log and the last validation picture (Pillow's), if any
+
+    Raises TrainingError; and the host's interrupt, after checkpoint and adapter are written as they are by then.
     """
-    adapter = make_adapter(config, base)
+    adapter = make_adapter(config, base, start)
     troubles = Troubles(config.on_error)
     entries, kept_apart = split(read_dataset(config, troubles), config)
     log.info("%d pictures to train on, %d to validate on, %d left out.", len(entries), len(kept_apart), troubles.count)
     unet = base.model.model.diffusion_model
     with base.frozen(), checkpointed(unet) if config.gradient_checkpointing else nullcontext():
-        objective = DiffusionObjective(base, adapter, config)
+        objective = DiffusionObjective(base, adapter, config, troubles)
         reader = Reader(entries, config, troubles, world()[1])
-        validate = Validation(config, objective, fixed_samples(kept_apart, config, troubles)) if kept_apart else None
-        trainer = Trainer(config, adapter, objective, reader, troubles, validate=validate)
-        finished = trainer.run(stop)
+        validate = make_validation(config, objective, entries, kept_apart, troubles)
+        told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
+        trainer = Trainer(config, adapter, objective, reader, troubles, **told)
+        try:
+            finished = trainer.run(stop, interrupts=(InterruptProcessingException,))
+        except InterruptProcessingException:
+            if trainer.step:
+                write_adapter(config, trainer)
+            raise
     if finished and world()[0] == 0:
-        path = Path(config.output) / "adapter.safetensors"
-        save_adapter(trainer.average, path, notes={"training": record(config, trainer, len(entries))})
-        log.info("Done: %s. Put it into ComfyUI's models/nested_attention.", path)
+        log.info("Done: %s. Put it into ComfyUI's models/nested_attention.", write_adapter(config, trainer))
     return finished
 
 
-def make_adapter(config: TrainingConfig, base: Base) -> NestedAdapter:
+def write_adapter(config: TrainingConfig, trainer: Trainer) -> Path:
+    """The averaged adapter as a file of the output folder, with the record of its making."""
+    path = Path(config.output) / ADAPTER
+    save_adapter(trainer.average, path, notes={"training": record(config, trainer)})
+    return path
+
+
+def make_adapter(config: TrainingConfig, base: Base, start: NestedAdapter | None = None) -> NestedAdapter:
     """A fresh adapter or the one to start from, in fp32 on the base model's device."""
-    if config.start_from:
-        adapter = load_adapter(config.start_from)
+    if start is not None or config.start_from:
+        adapter = load_adapter(config.start_from) if start is None else copy.deepcopy(start)
         sites = cross_attention_sites(base.model.model.diffusion_model)
         check_fit(adapter.config, sites, Path(config.start_from).name)
     else:
@@ -69,17 +97,30 @@ def split(entries: list[Entry], config: TrainingConfig) -> tuple[list[Entry], li
     return [e for e in entries if e not in apart], apart
 
 
+def make_validation(
+    config: TrainingConfig,
+    objective: DiffusionObjective,
+    entries: list[Entry],
+    kept_apart: list[Entry],
+    troubles: Troubles,
+) -> Validation | None:
+    """Losses of the entries kept apart, and pictures of the first one, or of the first entry where there are none."""
+    shown = kept_apart or (entries[:1] if config.validation_prompts else [])
+    samples = fixed_samples(shown, config, troubles)
+    return Validation(config, objective, samples if kept_apart else [], samples[0]) if samples else None
+
+
 def fixed_samples(entries: list[Entry], config: TrainingConfig, troubles: Troubles) -> list[Sample]:
     """One sample of each entry, without augmentation or dropout."""
     plain = replace(config, augment=0.0, caption_dropout=0.0, subject_dropout=0.0)
     reader = Reader(entries, plain, troubles)
     places = [(size, i) for size, members in reader.plan.buckets.items() for i in members]
-    # Negative numbers: the objective remembers by entry, and these are others than those trained on.
-    samples = [reader(Row(i, size, stable_hash(config.seed, "validation", i))) for size, i in places]
-    return [replace(s, row=replace(s.row, entry=-1 - s.row.entry)) for s in samples]
+    return [reader(Row(i, size, stable_hash(config.seed, "validation", i))) for size, i in places]
 
 
-def record(config: TrainingConfig, trainer: Trainer, entries: int) -> str:
+def record(config: TrainingConfig, trainer: Trainer) -> str:
     """What an adapter file tells of its making."""
-    facts = {"steps": trainer.step, "entries": entries, "skipped": trainer.troubles.count}
+    shape = trainer.adapter.config
+    facts = {"base_model": describe(shape.layers, shape.output_dim), "steps": trainer.step}
+    facts |= {"entries": len(trainer.reader.entries), "skipped": trainer.troubles.count}
     return json.dumps({**facts, "processes": trainer.processes, "settings": config.record()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from ..adapter import NestedAdapter
 from ..attention import split_heads
+from ..training.cache import Cache, Tensors, cache_key
 from ..training.config import TrainingConfig, TrainingError
-from ..training.data import Sample
+from ..training.data import Sample, Troubles
 from ..training.loss import diffusion_loss, loss_weight, snr_of
 from ..training.trainer import Pairs, Project
 from . import KEY
-from .base import DTYPES, Base
+from .base import DTYPES, Base, identity
 from .images import as_rgb, features, fit
 from .layers import Site, cross_attention_sites
+from .marks import Placement
 from .patch import OVERRIDE, LayerPatch
 from .rows import Layout, entry_placements, place_tensor, read_layout, with_places
 from .text import add_placeholder
@@ -35,6 +38,7 @@ class TrainedSubject:
     adapter: NestedAdapter
     strength: float = 1.0
     token_weight: float = 1.0
+    competition: float = 0.0
 
 
 @dataclass
@@ -76,13 +80,15 @@ class Batch:
 class DiffusionObjective:
     """Loss of samples: noise is added, the personalised UNet predicts the clean picture, the error is weighted."""
 
-    def __init__(self, base: Base, adapter: NestedAdapter, config: TrainingConfig):
+    def __init__(self, base: Base, adapter: NestedAdapter, config: TrainingConfig, troubles: Troubles | None = None):
         self.base, self.adapter, self.config = base, adapter, config
+        self.cache = Cache(config.cache, Path(config.output) / "cache", troubles or Troubles(config.on_error))
         self.sites = cross_attention_sites(base.model.model.diffusion_model)
         self.clip, self.ledger = add_placeholder(base.clip, config.placeholder, config.class_word, {})
         self.sampling = base.model.get_model_object("model_sampling")
         self.device = base.model.load_device
-        self.cached: dict[Any, Any] = {}
+        # Only files outlive the models, and telling these apart takes a look at all of their weights.
+        self.identity = identity(base) if config.cache == "disk" else ""
 
     def __call__(self, project: Project, samples: Sequence[Sample]) -> Tensor:
         batch = self.prepare(samples)
@@ -94,15 +100,14 @@ class DiffusionObjective:
 
     @torch.no_grad()
     def prepare(self, samples: Sequence[Sample]) -> Batch:
-        latents = [self.remember(("latent", s.row.entry, s.row.bucket), self.latent, s) for s in samples]
-        texts = zip(samples, latents, strict=True)
-        entries = [self.remember(("text", s.caption, s.row.bucket), self.text, s, latent) for s, latent in texts]
+        latents = [self.latent(s) for s in samples]
+        entries = [self.text(s, latent) for s, latent in zip(samples, latents, strict=True)]
         # Rows whose subject stands at the same columns go through attention together.
         order = sorted(range(len(samples)), key=lambda i: entries[i][1])
         keys = [entries[i][1] for i in order]
         numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         groups = [slice(keys.index(key), keys.index(key) + keys.count(key)) for key in numbers]
-        conds = self.join([self.placed(entries[i][0], numbers[entries[i][1]]) for i in order])
+        conds = self.join([self.placed(entries[i], numbers[entries[i][1]]) for i in order])
         layout = read_layout(conds.pop(KEY), None, range(len(groups)))
 
         samples, clean = [samples[i] for i in order], torch.cat([latents[i] for i in order]).to(self.device)
@@ -113,31 +118,44 @@ class DiffusionObjective:
         comfy.model_management.load_models_gpu([self.base.model], force_full_load=True)
         return Batch(clean, noisy, sigma, conds, layout, groups, seen)
 
-    def remember(self, key: Any, make: Any, *args: Any) -> Any:
-        if not self.config.cache:
-            return make(*args)
-        if key not in self.cached:
-            self.cached[key] = make(*args)
-        return self.cached[key]
-
     def latent(self, sample: Sample) -> Tensor:
         """[1, C, h, w] in the model's own scale, on the CPU."""
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # VAEs draw from a distribution
-            torch.manual_seed(sample.row.entry if self.config.cache else sample.row.seed)
-            latent = self.base.vae.encode(as_rgb(sample.picture))
-        return self.base.model.model.process_latent_in(latent).float().cpu()
+        content = "" if self.config.cache == "off" else cache_key(sample.picture)
+        # VAEs draw from a distribution: what is kept must be the same whenever and in whichever order it is made.
+        seed = int(content[:15], 16) if content else sample.row.seed
+
+        def encode() -> Tensors:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                torch.manual_seed(seed)
+                return {"latent": self.base.vae.encode(as_rgb(sample.picture)).float().cpu()}
+
+        found = self.cache.get(cache_key("latent", self.identity, content), encode)
+        return self.base.model.model.process_latent_in(found["latent"])
 
     def text(self, sample: Sample, latent: Tensor) -> tuple[dict[str, Any], tuple]:
-        """The host's conditioning of a caption, and where the subject's token stands in it."""
-        entries = convert_cond(self.clip.encode_from_tokens_scheduled(self.clip.tokenize(sample.caption)))
+        """The host's conditioning of a caption; its length, and the subject's columns in it with their weights."""
+        key = cache_key("text", self.identity, sample.caption, self.config.placeholder, self.config.class_word)
+        found = dict(self.cache.get(key, lambda: self.encode(sample.caption)))
+        places = tuple((int(column), weight) for column, weight in found.pop("places").tolist())
+        entries = convert_cond([[found.pop("states"), found]])
         encode = self.base.model.model.extra_conds
-        [entry] = comfy.samplers.encode_model_conds(encode, entries[:1], latent, self.device, "positive")
-        [placements] = entry_placements(entry, self.ledger.sections)
-        return entry, (entry["cross_attn"].shape[1], tuple((p.column, p.weight) for p in placements))
+        [entry] = comfy.samplers.encode_model_conds(encode, entries, latent, self.device, "positive")
+        return entry, (entry["cross_attn"].shape[1], places)
 
-    def placed(self, entry: dict[str, Any], number: int) -> dict[str, Any]:
-        placements = entry_placements(entry, self.ledger.sections)
-        return with_places(entry, place_tensor(entry, placements, {self.config.placeholder: number}), None)
+    def encode(self, caption: str) -> Tensors:
+        """The text states [1, T, C], what the host adds to them, and the subject's columns and weights, [n, 2]."""
+        [states, added], *_ = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
+        [placements] = entry_placements({**added, "cross_attn": states}, self.ledger.sections)
+        places = torch.tensor([(p.column, p.weight) for p in placements]).reshape(-1, 2)
+        tensors = {name: value.cpu() for name, value in added.items() if isinstance(value, Tensor)}
+        return {**tensors, "states": states.cpu(), "places": places}
+
+    def placed(self, entry: tuple[dict[str, Any], tuple], number: int) -> dict[str, Any]:
+        """A caption's conditioning with its subject's number beside the text."""
+        conditioning, (_, places) = entry
+        name = self.config.placeholder
+        placements = [[Placement(name, column, weight) for column, weight in places]]
+        return with_places(conditioning, place_tensor(conditioning, placements, {name: number}), None)
 
     def join(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch of the entries, put together by the host's own rules for contexts of different lengths."""

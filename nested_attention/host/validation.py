@@ -29,40 +29,42 @@ STEPS, CFG, SAMPLER, SCHEDULER = 20, 5.0, "euler", "normal"
 class Validation:
     """Called with the step and the averaged adapter; writes validation/STEP.png and returns the loss.
 
-    The samples stay the same throughout, with their noise and times, so that the losses can be compared.
+    samples   stay the same throughout, with their noise and times, so that the losses can be compared
+    shown     the one whose subject is drawn
+    picture   the last that was drawn
     """
 
-    def __init__(self, config: TrainingConfig, objective: DiffusionObjective, samples: list[Sample]):
-        self.config, self.objective, self.samples = config, objective, samples
+    def __init__(self, config: TrainingConfig, objective: DiffusionObjective, samples: list[Sample], shown: Sample):
+        self.config, self.objective, self.samples, self.shown = config, objective, samples, shown
         self.loaded: LoadedAdapter | None = None
+        self.picture: Any = None
 
     @torch.no_grad()
     def __call__(self, step: int, adapter: NestedAdapter) -> dict[str, float]:
         if self.config.validation_prompts:
-            picture = self.draw(adapter)
+            self.picture = self.draw(adapter)
             path = Path(self.config.output) / "validation" / f"{step:07}.png"
-            write_atomically(path, lambda file: picture.save(file, "PNG"))
+            write_atomically(path, lambda file: self.picture.save(file, "PNG"))
         project = Projector(adapter)
         losses = [self.objective(project, [sample]).item() for sample in self.samples]
-        return {"validation": sum(losses) / len(losses)}
+        return {"validation": sum(losses) / len(losses)} if losses else {}
 
     def draw(self, adapter: NestedAdapter) -> Any:
         """The subject, and each prompt drawn with it, side by side."""
-        sample = self.samples[0]
-        crop = cover(as_rgb(sample.crop), sample.row.bucket)
+        crop = cover(as_rgb(self.shown.crop), self.shown.row.bucket)
         pictures = [crop, *(self.sample(adapter, prompt) for prompt in self.config.validation_prompts)]
         pixels = (torch.cat(pictures, dim=2)[0, ..., :3] * 255).round().clamp(0, 255).byte()
         return Image.fromarray(pixels.cpu().numpy())
 
     def sample(self, adapter: NestedAdapter, prompt: str) -> Tensor:
-        """One picture [1, H, W, 3] of the first sample's subject, through Apply Subject and the host's sampler."""
-        base, size = self.objective.base, self.samples[0].row.bucket
+        """One picture [1, H, W, 3] of the subject shown, through Apply Subject and the host's sampler."""
+        base, size = self.objective.base, self.shown.row.bucket
         loaded = self.in_host(adapter)
-        tokens = nested_tokens(loaded, self.objective.features(self.samples[0]))
+        tokens = nested_tokens(loaded, self.objective.features(self.shown))
         bound = BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
         model, clip = apply_subject(base.model, base.clip, bound, placeholder=self.config.placeholder)
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
-        latent = torch.zeros_like(self.objective.latent(self.samples[0]))
+        latent = torch.zeros_like(self.objective.latent(self.shown))
         noise = comfy.sample.prepare_noise(latent, self.config.seed)
         settings = (STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent)
         drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=self.config.seed)

@@ -15,8 +15,11 @@ from ..attention import NORMS, Norm
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 FITS = ("center crop", "pad", "squash")
+Cached = Literal["off", "memory", "disk"]
+CACHES: tuple[Cached, ...] = ("off", "memory", "disk")
 PATHS = ("data", "output", "checkpoint", "diffusion_model", "text_encoders", "vae", "clip_vision", "start_from")
-FREE = ("output", "steps", "cache", "prefetch", "on_error", "log_every", "checkpoint_every", "validate_every")
+EVERY = ("log_every", "checkpoint_every", "validate_every")
+FREE = ("output", "steps", "cache", "prefetch", "on_error", "validation_prompts", *EVERY)  # leave it the same training
 
 
 class TrainingError(RuntimeError):
@@ -26,7 +29,8 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """
-    data               folder of pictures with .txt captions beside them, or a .jsonl file
+    data               folder of pictures with .txt captions beside them, a .jsonl file, or .tar shards (one, a folder
+                       of them, or shards-{000..010}.tar)
     output             folder for the adapter, checkpoints, and the loss
     checkpoint, diffusion_model, text_encoders, vae, clip_vision   files of the base model: a whole checkpoint or parts
     start_from         an adapter to train further, instead of a fresh one
@@ -38,9 +42,10 @@ class TrainingConfig:
     subject_dropout    how often the image features are zero, so that the adapter also learns nobody in particular
     min_snr_gamma      0: the plain loss in the base model's own target
     precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
-    cache              keep latents and text states in memory
+    cache              keep latents and text states in memory, or on disk in the output's folder `cache`
     prefetch           micro-batches read ahead
-    holdout            entries that are only validated on; `validation_prompts` are drawn with the first of them
+    holdout            entries that are only validated on
+    validation_prompts drawn with the subject of the first of these, or of the first entry where there are none
     on_error           stop or skip, for broken entries and failed writes; what is skipped is named and counted
     """
 
@@ -83,7 +88,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = True
     seed: int = 0
 
-    cache: bool = False
+    cache: Cached = "off"
     prefetch: int = 2
     holdout: int = 0
     validation_prompts: tuple[str, ...] = ()
@@ -93,12 +98,14 @@ class TrainingConfig:
     on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache, bool):  # what it was in earlier settings
+            object.__setattr__(self, "cache", "memory" if self.cache else "off")
         choices = {"norm": NORMS, "feature_layer": FEATURE_LAYERS, "precision": PRECISIONS, "fit": FITS}
-        for name, allowed in {**choices, "on_error": ("stop", "skip")}.items():
+        for name, allowed in {**choices, "cache": CACHES, "on_error": ("stop", "skip")}.items():
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         whole = ("queries", "dim", "depth", "dim_head", "ff_mult", "resolution", "steps", "batch", "accumulation")
-        for name in (*whole, "log_every", "checkpoint_every", "validate_every"):
+        for name in (*whole, *EVERY):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
         for name in ("caption_dropout", "subject_dropout", "ema"):
@@ -146,7 +153,10 @@ def argument_parser() -> argparse.ArgumentParser:
     hints = typing.get_type_hints(TrainingConfig)
     for setting in fields(TrainingConfig):
         option, hint = f"--{setting.name.replace('_', '-')}", hints[setting.name]
-        if hint is bool:
+        if setting.name == "cache":  # alone and as --no-cache it is the switch that it once was
+            parser.add_argument(option, nargs="?", const="memory", choices=CACHES)
+            parser.add_argument("--no-cache", dest="cache", action="store_const", const="off", help=argparse.SUPPRESS)
+        elif hint is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(hint) is tuple:
             parser.add_argument(option, nargs="*")

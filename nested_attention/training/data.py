@@ -2,7 +2,7 @@
 
 A folder holds pictures with a .txt caption beside each (and, if wanted, the crop as name.subject.png). A .jsonl file
 has one object a line, {"image": ..., "caption": ..., "box": [left, top, right, bottom] or "crop": ...}, paths from its
-own folder.
+own folder. Shards are .tar files of what a folder holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +22,24 @@ import torch
 from torch import Tensor
 
 from .config import TrainingConfig, TrainingError
-from .pictures import Box, Size, bucket_sizes, cover, cut, nearest_bucket, picture_size, read_picture, vary
+from .pictures import (
+    SUFFIXES,
+    Box,
+    Size,
+    Source,
+    bucket_sizes,
+    cover,
+    cut,
+    nearest_bucket,
+    picture_size,
+    read_picture,
+    vary,
+)
+from .shards import expand, shard_records
 
 log = logging.getLogger("nested_attention")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BROKEN = (OSError, ValueError)  # what is raised for an entry that cannot be used
+Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
 
 
 @dataclass
@@ -47,11 +60,11 @@ class Troubles:
 class Entry:
     """A picture [its size], its caption with the placeholder, and where its subject is; None: all of it."""
 
-    image: Path
+    image: Source
     caption: str
     size: Size
     box: Box | None = None
-    crop: Path | None = None
+    crop: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +97,8 @@ def stable_hash(*parts: Any) -> int:
 def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
     """All usable entries, in a fixed order. Raises TrainingError where there is none."""
     path = Path(config.data)
-    if not path.exists():
-        raise TrainingError(f"There is no data at {path}: expected a folder of pictures, or a .jsonl file.")
     entries = []
-    for name, record in folder_records(path) if path.is_dir() else line_records(path):
+    for name, record in records(path):
         try:
             entries.append(make_entry(record(), config))
         except BROKEN as error:
@@ -97,7 +108,22 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
     return entries
 
 
-def folder_records(folder: Path) -> Iterator[tuple[str, Any]]:
+def records(path: Path) -> Records:
+    """Raises TrainingError where there is nothing of the kind."""
+    shards = sorted(path.rglob("*.tar")) if path.is_dir() else expand(path) if path.suffix == ".tar" else []
+    if not path.exists() and not any(shard.exists() for shard in shards):
+        raise TrainingError(
+            f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
+        )
+    if path.is_dir():
+        yield from folder_records(path)
+    elif not shards:
+        yield from line_records(path)
+    for shard in shards:
+        yield from shard_records(shard)
+
+
+def folder_records(folder: Path) -> Records:
     for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and ".subject." not in p.name):
         crop = next((c for s in SUFFIXES if (c := image.with_name(f"{image.stem}.subject{s}")).exists()), None)
         yield str(image.relative_to(folder)), lambda image=image, crop=crop: folder_record(image, crop)
@@ -110,7 +136,7 @@ def folder_record(image: Path, crop: Path | None) -> dict[str, Any]:
     return {"image": image, "caption": caption.read_text(encoding="utf-8"), "crop": crop}
 
 
-def line_records(path: Path) -> Iterator[tuple[str, Any]]:
+def line_records(path: Path) -> Records:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             yield f"{path.name} line {number}", lambda line=line: line_record(line, path.parent)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +17,49 @@ from torch import Tensor
 
 Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Source(Protocol):
+    """Where a picture's bytes are: a file (Path), or a member of a shard."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self, mode: str) -> Any: ...
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(source: Source) -> Iterator[Any]:
     """A picture file in Pillow. Raises OSError or ValueError where it cannot be read."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with source.open("rb") as file, Image.open(file) as image:
             yield image
     except (SyntaxError, Image.DecompressionBombError) as error:  # how Pillow speaks of broken and of huge files
         raise ValueError(str(error)) from error
 
 
-def picture_size(path: Path) -> Size:
+def picture_size(source: Source) -> Size:
     """Width and height as displayed, from the file's header."""
-    with opened(path) as image:
+    with opened(source) as image:
         known = image.format != "PNG" or "exif" in image.info  # or Pillow reads all of the file to look for it
         turned = known and image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
         return image.size[::-1] if turned else image.size
 
 
-def read_picture(path: Path) -> Tensor:
+def read_picture(source: Source) -> Tensor:
     """[1, H, W, 3], or 4 channels where there is transparency."""
     from PIL import ImageOps
 
-    with opened(path) as file:
-        image = ImageOps.exif_transpose(file)
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    with opened(source) as file:
+        return pixels_of(ImageOps.exif_transpose(file))
+
+
+def pixels_of(image: Any) -> Tensor:
+    """A picture of Pillow's as [1, H, W, 3], or 4 channels where there is transparency."""
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.reshape(1, image.height, image.width, -1).float() / 255
 

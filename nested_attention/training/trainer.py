@@ -54,6 +54,7 @@ class Trainer:
 
     objective   loss of some samples, given the function from image features to nested keys and values
     validate    called with the step and the averaged adapter; what it returns is recorded
+    watch       called with each step that is done and its line for the log
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Trainer:
         troubles: Troubles,
         *,
         validate: Callable[[int, NestedAdapter], dict[str, float]] | None = None,
+        watch: Callable[[int, str], None] = lambda step, line: None,
     ):
         self.config, self.objective, self.reader, self.troubles = config, objective, reader, troubles
-        self.validate = validate
+        self.validate, self.watch = validate, watch
         self.rank, self.processes = world()
         self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
@@ -80,8 +82,10 @@ class Trainer:
         self.step = 0
         self.checkpoint = Path(config.output) / "checkpoint.pt"
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+    def run(self, stop: Callable[[], bool] = lambda: False, interrupts: tuple[type[BaseException], ...] = ()) -> bool:
         """Train to the last step, from the folder's checkpoint if there is one; whether `stop` did not end it before.
+
+        interrupts   what somebody else may raise inside of a step: it comes out when the steps done are kept
 
         Raises TrainingError where the loss is no number, or at the first trouble if so configured.
         """
@@ -94,8 +98,13 @@ class Trainer:
         with ExitStack() as stack:
             batches = self.batches(stack)
             while self.step < c.steps:
-                loss, stopped = self.train_step(batches, stop())
-                self.note(progress, loss)
+                try:
+                    loss, stopped = self.train_step(batches, stop())
+                    self.note(progress, loss)
+                except interrupts:
+                    if self.step:
+                        self.keep(progress)
+                    raise
                 if stopped or self.step == c.steps or self.step % c.checkpoint_every == 0:
                     self.keep(progress)
                 if stopped:
@@ -164,9 +173,12 @@ class Trainer:
             return
         values = {"loss": loss, "rate": self.optimizer.param_groups[0]["lr"]}
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
-        if self.validate is not None and due:
-            self.guard("The validation", lambda: values.update(self.validate(self.step, self.average)))
-        self.guard("The losses", lambda: progress.add(self.step, **values))
+        try:
+            if self.validate is not None and due:
+                self.guard("The validation", lambda: values.update(self.validate(self.step, self.average)))
+        finally:  # the step is done even where its validation is interrupted
+            self.guard("The losses", lambda: progress.add(self.step, **values))
+        self.watch(self.step, progress.line({"step": self.step, **values}))
 
     def keep(self, progress: Progress | None) -> None:
         if progress is not None:

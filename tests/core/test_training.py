@@ -31,7 +31,8 @@ def test_the_modules_need_no_comfyui():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert {name.split(".")[0] for name in names} <= {"torch", "einops", *sys.stdlib_module_names}, path
+                allowed = {"torch", "einops", "safetensors", *sys.stdlib_module_names}
+                assert {name.split(".")[0] for name in names} <= allowed, path
             elif isinstance(node, ast.ImportFrom):
                 assert "host" not in (node.module or ""), path
 

@@ -119,7 +119,7 @@ def test_gradients_are_those_of_the_equations(base, folder, monkeypatch):
     objective, adapter, samples = objective_of(base, settings(folder, min_snr_gamma=5.0))
     fast = gradients(base, objective, adapter, samples)
 
-    def slowly(out, q, k, v, tokens, text=None, lse=None):
+    def slowly(out, q, k, v, tokens, *_):
         rows = [[replace(t, keys=t.keys[i : i + 1], values=t.values[i : i + 1]) for t in tokens] for i in range(len(q))]
         return out.copy_(nested_attention(q, k, v, rows))
 

@@ -1,0 +1,104 @@
+"""Shards in the WebDataset format: .tar files in which the parts of an entry share a name and stand side by side.
+
+    anna.jpg    anna.txt    anna.subject.png (optional)    anna.json (optional: "caption" without a .txt, "box")
+
+A shard's headers are read once, then every entry at its own offset: any order, as a folder's, and so a training that
+goes on exactly where it was. (The library webdataset reads streams through a shuffling buffer: no such place.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+from .pictures import SUFFIXES
+
+ENTRY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")  # 'people/anna' and '.subject.png'; hidden files are none
+META = re.compile(r"__[^/]*__($|/)")  # what the format keeps to itself
+
+
+@dataclass(frozen=True)
+class Member:
+    """A part of an entry: a file in a shard, `size` bytes from `offset` on."""
+
+    shard: Path
+    entry: str
+    part: str
+    offset: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard.name}: {self.entry}{self.part}"
+
+    @contextmanager
+    def open(self, mode: str = "rb") -> Iterator[IO[bytes]]:
+        """Raises OSError or ValueError where it cannot be read, also while it is read."""
+        info = tarfile.TarInfo(self.name)
+        info.offset_data, info.size = self.offset, self.size
+        try:
+            with tarfile.open(self.shard, "r:") as tar, tar.extractfile(info) as file:
+                yield file
+        except tarfile.TarError as error:
+            raise ValueError(str(error)) from error
+
+    def read(self) -> bytes:
+        with self.open() as file:
+            return file.read()
+
+
+def expand(path: Path) -> list[Path]:
+    """The files that a pattern such as shards-{000..010}.tar names."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", path.name)
+    if not found:
+        return [path]
+    first, last = found.groups()
+    numbers = (f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1))
+    return [p for n in numbers for p in expand(path.with_name(path.name.replace(found[0], n, 1)))]
+
+
+def shard_records(shard: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name of each entry, and what reads its record. A damaged shard is one more entry, which cannot be read."""
+    try:
+        for entry, group in groupby(members(shard), lambda member: member.entry):
+            parts = list(group)
+            yield f"{shard.name}: {entry}", lambda parts=parts: shard_record(parts)
+    except (OSError, tarfile.TarError) as error:
+        yield shard.name, lambda error=error: cannot_be_read(error)
+
+
+def members(shard: Path) -> Iterator[Member]:
+    with tarfile.open(shard, "r:") as tar:
+        for info in tar:
+            found = ENTRY.fullmatch(info.name)
+            if found and info.isreg() and not META.match(info.name):
+                yield Member(shard, found[1], found[2], info.offset_data, info.size)
+
+
+def shard_record(parts: list[Member]) -> dict[str, Any]:
+    """Raises ValueError, with what is wrong, for an entry that cannot be trained on."""
+    named = {member.part.lower(): member for member in parts}
+    if len(named) < len(parts):
+        raise ValueError("a part of it is there twice")
+    image = next((named[suffix] for suffix in SUFFIXES if suffix in named), None)
+    if image is None:
+        raise ValueError(f"no picture among its parts ({', '.join(named)})")
+    facts = json.loads(named[".json"].read()) if ".json" in named else {}
+    if not isinstance(facts, dict):
+        raise ValueError("its .json holds no object")
+    caption = named[".txt"].read().decode() if ".txt" in named else facts.get("caption")
+    if not isinstance(caption, str):
+        raise ValueError('no caption (expected a .txt, or a .json with "caption")')
+    crop = next((named[f".subject{suffix}"] for suffix in SUFFIXES if f".subject{suffix}" in named), None)
+    return {"image": image, "caption": caption, "crop": crop, "box": facts.get("box")}
+
+
+def cannot_be_read(error: Exception) -> dict[str, Any]:
+    raise ValueError(f"the shard cannot be read to its end ({error})")

@@ -1,0 +1,111 @@
+"""Latents and text states that are kept: the same training with and without, and never another model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import make_clip, randomize
+from small_training import SmallVAE, losses, make_base, make_data, settings
+
+from nested_attention.host.base import identity
+from nested_attention.host.train import train
+from nested_attention.training.cache import Cache, cache_key
+from nested_attention.training.config import TrainingConfig, TrainingError, from_arguments
+from nested_attention.training.data import Troubles
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_data(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_base()
+
+
+class DrawingVAE(SmallVAE):
+    """Draws its latents from a distribution, as real ones do, and counts its calls."""
+
+    calls = 0
+
+    def encode(self, pixels):
+        self.calls += 1
+        latent = super().encode(pixels)
+        return latent + 0.1 * torch.randn(latent.shape)
+
+
+def test_all_kinds_of_cache_train_alike(base, folder):
+    vae = DrawingVAE()
+    kept, found = {}, {}
+    for kind in ("memory", "disk"):
+        config = settings(folder, output=str(folder / kind), cache=kind, caption_dropout=0.3)
+        vae.calls = 0
+        assert train(config, replace(base, vae=vae))
+        kept[kind], found[kind] = vae.calls, losses(config)
+    assert kept == {"memory": 3, "disk": 3} and found["memory"] == found["disk"]
+    files = sorted((folder / "disk" / "cache").rglob("*.safetensors"))
+    assert len(files) in (5, 6)  # three pictures; two or three captions
+    config = settings(folder, output=str(folder / "again"), cache="disk", caption_dropout=0.3)
+    (folder / "disk" / "cache").rename(folder / "kept")
+    (folder / "again").mkdir()
+    (folder / "kept").rename(folder / "again" / "cache")
+    files = sorted((folder / "again" / "cache").rglob("*.safetensors"))
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    files[1].write_bytes(b"")
+    assert train(config, replace(base, vae=vae))
+    assert losses(config) == found["memory"]
+    assert sorted((folder / "again" / "cache").rglob("*.*")) == files and all(f.stat().st_size > 100 for f in files)
+
+
+def test_without_a_cache_the_text_is_the_same(base, folder):
+    plain = settings(folder)
+    kept = settings(folder, output=str(folder / "kept"), cache="disk")
+    assert train(plain, base) and train(kept, base)
+    assert losses(plain) == losses(kept)
+
+
+def test_another_model_has_other_keys(base):
+    assert identity(base) == identity(replace(base, clip=base.clip.clone()))
+    skipping = base.clip.clone()
+    skipping.clip_layer(-2)
+    other = make_clip()
+    randomize(other.cond_stage_model, 7)
+    patched = base.clip.clone()
+    name, weight = next((n, p) for n, p in patched.cond_stage_model.named_parameters() if p.ndim == 2)
+    patched.add_patches({name: ("diff", (torch.ones_like(weight),))})
+    vae = type("OtherVAE", (SmallVAE,), {})()
+    others = [replace(base, clip=clip) for clip in (skipping, other, patched)] + [replace(base, vae=vae)]
+    assert len({identity(each) for each in [base, *others]}) == 5
+    assert identity(base) == identity(base)
+    a, b = torch.rand(1, 4, 6, 3), torch.rand(1, 4, 6, 3)
+    keys = {cache_key("latent", x) for x in (a, b, a.reshape(1, 6, 4, 3))} | {cache_key("text", a)}
+    assert len(keys) == 4 and cache_key("latent", a) == cache_key("latent", a.clone())
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("nested_attention.training.cache.write_tensors", full)
+    made = {"x": torch.ones(1)}
+    cache = Cache("disk", tmp_path, Troubles("skip"))
+    assert cache.get("ab", lambda: made) is made and cache.troubles.count == 1
+    with pytest.raises(TrainingError, match="ab.safetensors could not be written: No space left"):
+        Cache("disk", tmp_path, Troubles("stop")).get("ab", lambda: made)
+
+
+def test_settings_as_they_were_before_there_was_a_disk(tmp_path):
+    assert [TrainingConfig(data="d", output="o", cache=c).cache for c in (True, False, "disk")] == [
+        "memory",
+        "off",
+        "disk",
+    ]
+    for options, kind in (((), "off"), (["--cache"], "memory"), (["--no-cache"], "off"), (["--cache", "disk"], "disk")):
+        assert from_arguments(["--data", "d", "--output", "o", *options]).cache == kind
+    (tmp_path / "a.json").write_text('{"data": "d", "output": "o", "cache": true}')
+    assert from_arguments(["--config", str(tmp_path / "a.json")]).cache == "memory"
+    with pytest.raises(TrainingError, match="cache is 'ram', expected one of off, memory, disk"):
+        TrainingConfig(data="d", output="o", cache="ram")
