@@ -5,6 +5,7 @@ B batch, H heads, N image queries, T text tokens, S subject columns among them, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,8 @@ class NestedToken:
     weight     lambda, the token weight (1: the prompt's own attention)
     norm       norm regularisation of the per-query values, and its alpha
     region     where the subject may show, [B or 1, N] in 0..1, or None for everywhere
+    subject    whose token this is: tokens of different subjects compete for a place
+    competition   how much each place goes to one subject (0: shared as the prompt has it); the largest counts for all
     """
 
     columns: tuple[int, ...]
@@ -38,6 +41,8 @@ class NestedToken:
     norm: Norm = "rescale"
     norm_factor: float = 2.0
     region: Tensor | None = None
+    subject: int = 0
+    competition: float = 0.0
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -103,6 +108,7 @@ def personalize(
     tokens: list[NestedToken],
     text: Tensor | None = None,
     lse: Tensor | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Add to attention output what the subjects' tokens change in it (eq. 2 and 3), in place.
 
@@ -112,6 +118,7 @@ def personalize(
     out        attention output [B, H, N, D], changed in place and returned
     q, k, v    the layer's queries [B, H, N, D] and text keys and values [B, H, T, D]
     text, lse  what `text_attention(q, k, v)` gave, where it was called
+    observe    is called with the p_s of all columns that are used here in the end, [B, H, N, S]
     """
     v_s = at_columns(v, tokens, 2)
     p = subject_probabilities(q, k, tokens) if lse is None else (subject_logits(q, k, tokens) - lse[..., None]).exp()
@@ -119,6 +126,12 @@ def personalize(
         text = text_attention(q, k, v)[0] if text is None else text
         p, change = raise_tokens(p, subject_logits(q, k, tokens), v_s, text, tokens)
         out += change
+    if competing(tokens):
+        settled = settle(p, tokens)
+        out += ((settled - p) @ v_s.to(p.dtype)).to(out.dtype)
+        p = settled
+    if observe is not None:
+        observe(p)
     sizes = [len(token.columns) for token in tokens]
     for token, part, shared in zip(tokens, p.split(sizes, dim=-1), v_s.split(sizes, dim=2), strict=True):
         swap_values(out, q, part * reach(token), shared, token)
@@ -166,3 +179,30 @@ def raise_tokens(
     total = 1 + (p * gain).sum(-1, keepdim=True)
     change = (text + (p * gain) @ v_s.to(p.dtype)) / total - text
     return p * (1 + gain) / total, change.to(text.dtype)
+
+
+def competing(tokens: list[NestedToken]) -> bool:
+    """Whether any place has to be settled between subjects."""
+    return any(token.competition for token in tokens) and len({token.subject for token in tokens}) > 1
+
+
+def settle(p: Tensor, tokens: list[NestedToken]) -> Tensor:
+    """Competition c: each place goes mostly to one subject, p_s becomes P p_s a_s^c / sum_t p_t a_t^c.
+
+    P is the subjects' probability together, so the rest of the prompt loses nothing. a_s, a subject's claim to the
+    place, is its probability averaged over the heads, within its region: all heads favour the same subject.
+
+    p   probabilities of the subject columns, [B, H, N, S]; a subject's columns keep their proportions
+    """
+    owners = [token.subject for token in tokens for _ in token.columns]
+    regions = {token.subject: 1.0 if token.region is None else token.region[:, None] for token in tokens}
+    columns = p.unbind(-1)
+    sums = {s: sum(x for x, owner in zip(columns, owners, strict=True) if owner == s) for s in regions}
+    mass = torch.stack(list(sums.values()), dim=-1)
+    claim = torch.stack([sums[s].mean(1, keepdim=True) * region for s, region in regions.items()], dim=-1)
+    strongest = max(token.competition for token in tokens)
+    share = (mass.log() + strongest * claim.log()).softmax(-1)
+    # Where no subject has a claim the shares are 0 / 0, and stay as they were.
+    settled = torch.where(share.isnan(), mass, mass.sum(-1, keepdim=True) * share)
+    factors = dict(zip(sums, (settled / mass.clamp_min(torch.finfo(p.dtype).tiny)).unbind(-1), strict=True))
+    return torch.stack([x * factors[owner] for x, owner in zip(columns, owners, strict=True)], dim=-1)

@@ -84,6 +84,17 @@ class ApplySubject(io.ComfyNode):
                     tooltip="Compute the subject's keys and values anew in every step instead of once: slower, and for "
                     "SDXL about 0.35 GB less a subject. For GPUs that run out of memory.",
                 ),
+                io.Float.Input(
+                    "competition",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="With several subjects: how much each place of the picture goes to one of them, so that "
+                    "they do not mix. 0 leaves it to the prompt; try 1 to 3. The largest among the chained nodes "
+                    "counts for all, so setting it in one is enough.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
             hidden=[io.Hidden.unique_id],
@@ -103,6 +114,7 @@ class ApplySubject(io.ComfyNode):
         end_percent: float,
         region=None,
         low_memory: bool = False,
+        competition: float = 0.0,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             *apply_subject(
@@ -117,6 +129,7 @@ class ApplySubject(io.ComfyNode):
                 end_percent=end_percent,
                 region=region,
                 low_memory=low_memory,
+                competition=competition,
                 node_id=cls.hidden.unique_id,
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.clip_model
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -42,6 +43,24 @@ def fit(images: Tensor, size: int, how: str) -> Tensor:
         images.float(), size=size, mean=[0, 0, 0], std=[1, 1, 1], crop=how != "squash"
     )
     return rearrange(seen, "b c h w -> b h w c")
+
+
+def masks_of(mask: Tensor | None, pictures: int) -> list[Tensor | None]:
+    """A mask [H, W] for each picture, from the host's [H, W] or [B, H, W], or None for each."""
+    if mask is None:
+        return [None] * pictures
+    masks = mask.reshape(-1, *mask.shape[-2:])
+    if len(masks) not in (1, pictures):
+        raise ValueError(f"There are {len(masks)} masks for {pictures} pictures. Connect one, or one for each.")
+    return list(masks.expand(pictures, -1, -1))
+
+
+def as_batch(pictures: list[Tensor]) -> Tensor:
+    """Pictures [H, W, 3] as one batch of the first one's size; the others are scaled, and cropped where they must."""
+    height, width = pictures[0].shape[:2]
+    planes = [rearrange(picture, "h w c -> 1 c h w") for picture in pictures]
+    same = [comfy.utils.common_upscale(p, width, height, "bicubic", "center") for p in planes]
+    return rearrange(torch.cat(same).clamp(0, 1), "b c h w -> b h w c")
 
 
 def features(clip_vision: object, seen: Tensor, config: AdapterConfig) -> Tensor:

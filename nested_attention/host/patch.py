@@ -81,7 +81,9 @@ class LayerPatch:
             span = slice(rows.start, rows.stop)
             part = [x[span] for x in (qh, kh, vh)]
             tokens = self.tokens(part[0], rows, layout, options)
-            personalize(out[span], *part, tokens, *(() if text is None else (text[span], lse[span])))
+            observe = None if layout.watch is None else layout.watch.layer(self.index, rows, part, tokens, options)
+            known = (None, None) if text is None else (text[span], lse[span])
+            personalize(out[span], *part, tokens, *known, observe)
         return merge_heads(out)
 
     def is_plain(self, q: Tensor, options: dict[str, Any]) -> bool:
@@ -105,6 +107,8 @@ class LayerPatch:
                     norm=subject.adapter.config.norm,
                     norm_factor=subject.adapter.config.norm_factor,
                     region=layout.region(use.subject, rows, height, width),
+                    subject=use.subject,
+                    competition=subject.competition,
                 )
             )
         return tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.conds
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from . import KEY
 from .marks import Placement, Section, find_placements
+
+if TYPE_CHECKING:
+    from .recording import Call
 
 REGION_KEY = "nested_attention_region"
 
@@ -39,13 +42,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """One batch: its size, its text length, the rows that hold subjects; region masks [B, S, h, w] if any."""
+    """One batch: its size, its text length, the rows that hold subjects; region masks [B, S, h, w] if any.
+
+    watch   records what the layers do with this batch, if anybody wants to know
+    """
 
     rows: int
     columns: int
     groups: tuple[Rows, ...]
     regions: Tensor | None = None
     resized: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    watch: Call | None = None
 
     def region(self, subject: int, rows: Rows, height: int, width: int) -> Tensor | None:
         """A subject's region at a layer's size, [rows, h * w]."""
@@ -88,7 +95,7 @@ def with_places(entry: dict[str, Any], places: Tensor, regions: Tensor | None) -
     return {**entry, "model_conds": {**entry["model_conds"], **added}}
 
 
-def read_layout(places: Tensor, regions: Tensor | None, active: Iterable[int]) -> Layout:
+def read_layout(places: Tensor, regions: Tensor | None, active: Iterable[int], watch: Call | None = None) -> Layout:
     """Layout of a batch from the tensor [B, T, 2] that the host made of its entries' tensors."""
     active = set(active)
     uses = [row_uses(row, active) for row in places.tolist()]
@@ -98,7 +105,7 @@ def read_layout(places: Tensor, regions: Tensor | None, active: Iterable[int]) -
         if key:
             groups.append(Rows(start, stop, key))
         start = stop
-    return Layout(len(places), places.shape[1], tuple(groups), regions)
+    return Layout(len(places), places.shape[1], tuple(groups), regions, watch=watch)
 
 
 def row_uses(row: list[list[float]], active: set[int]) -> tuple[Use, ...]:

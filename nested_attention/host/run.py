@@ -25,6 +25,7 @@ from .layers import Site, cross_attention_sites
 from .marks import Ledger
 from .notice import show, warn
 from .patch import LayerPatch
+from .recording import Recording, recording_of
 from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_places
 
 
@@ -41,6 +42,7 @@ class AppliedSubject:
     end_percent: float = 1.0
     region: Tensor | None = None
     low_memory: bool = False
+    competition: float = 0.0
     node_id: str | None = None
 
 
@@ -56,7 +58,8 @@ class Personalization:
         subjects = [s for s in self.subjects if s.strength and s.start_percent < s.end_percent]
         guider = executor.class_obj
         if subjects and self.write_places(guider, subjects, noise):
-            Run(guider.model_patcher, subjects).install(guider.model_options)
+            run = Run(guider.model_patcher, subjects, recording_of(guider.model_patcher))
+            run.install(guider.model_options)
         return executor(*args, **kwargs)
 
     def write_places(self, guider: Any, subjects: list[AppliedSubject], noise: Tensor) -> bool:
@@ -105,6 +108,7 @@ class Run:
 
     model: ModelPatcher
     subjects: list[AppliedSubject]
+    recording: Recording | None = None
     sites: list[Site] = field(init=False)
     reached: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
@@ -181,7 +185,8 @@ class Run:
             return executor(*args, **kwargs)
         # transformer_options is the sixth argument of the host's apply_model.
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
-        layout = read_layout(places, regions, self.active(options))
+        call = None if self.recording is None else self.recording.call(self, args[0], options)
+        layout = read_layout(places, regions, self.active(options), call)
         options = {**options, KEY: layout}
         if len(args) > 5:
             args = (*args[:5], options, *args[6:])

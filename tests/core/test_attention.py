@@ -36,8 +36,8 @@ def fast(q, k, v, rows):
     return out
 
 
-def token(subject, columns=(2,), **settings):
-    return NestedToken(columns, *subject, **settings)
+def token(pair, columns=(2,), **settings):
+    return NestedToken(columns, *pair, **settings)
 
 
 REGION = torch.tensor([[0.0, 1.0, 0.5, 1.0, 0.25]])
@@ -58,6 +58,28 @@ CASES = {
         [],
     ],
     "region": lambda s: [[token(s[0], region=REGION)], [token(s[1], (1, 4), region=REGION, strength=0.5)]],
+    "competition": lambda s: [
+        [token(s[0], (1,), subject=0, competition=1.5), token(s[1], (4,), subject=1)],
+        [token(s[i], (2 * i,), subject=i, competition=float(i)) for i in range(3)],
+    ],
+    "competition for several columns": lambda s: [
+        [token(s[0], (0, 3), subject=5, competition=2.0), token(s[1], (1, 6), subject=3), token(s[0], (4,), subject=5)],
+        [token(s[0], (1, 2), competition=4.0)],
+    ],
+    "competition, region, strength, token weight": lambda s: [
+        [
+            token(s[0], (1,), subject=1, region=REGION, strength=0.7, weight=1.5),
+            token(s[1], (4,), subject=2, region=1 - REGION, strength=1.2, competition=0.5),
+        ],
+        [
+            token(s[0], (1, 5), subject=1, region=REGION, competition=3.0, norm="off"),
+            token(s[1], (0, 4), subject=2, norm="clamp", norm_factor=0.4, weight=2.0),
+        ],
+    ],
+    "competition where nobody may be": lambda s: [
+        [token(s[i], (i,), subject=i, region=REGION * (REGION > 0.4), competition=1.0) for i in range(2)],
+        [],
+    ],
     "all at once": lambda s: [
         [token(s[0], (0, 1), norm="clamp", weight=1.7, region=REGION), token(s[2], (5,), norm="off", strength=1.2)],
         [token(s[1], (3,), strength=0.4, weight=2.5)],
@@ -113,6 +135,49 @@ def test_repeated_context_is_the_context_once():
     once = fast(q, k, v, [[token(subjects[0], weight=1.4)]] * B)
     twice = fast(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), [[token(subjects[0], (2, 2 + T), weight=1.4)]] * B)
     torch.testing.assert_close(once, twice)
+    once = fast(q, k, v, [rivals(subjects, 1.5)] * B)
+    doubled = [replace(t, columns=(*t.columns, t.columns[0] + T)) for t in rivals(subjects, 1.5)]
+    torch.testing.assert_close(once, fast(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), [doubled] * B))
+
+
+def rivals(subjects, competition, **settings):
+    return [token(subjects[i], (1 + 3 * i,), subject=i, competition=competition, **settings) for i in range(2)]
+
+
+def test_without_competition_or_rivals_nothing_changes():
+    q, k, v, subjects = problem()
+    plain = fast(q, k, v, [[token(subjects[0], (1,)), token(subjects[1], (4,))]] * B)
+    assert torch.equal(plain, fast(q, k, v, [rivals(subjects, 0.0)] * B))
+    one = [token(subjects[0], (1, 4), competition=3.0)]
+    assert torch.equal(fast(q, k, v, [one] * B), fast(q, k, v, [[token(subjects[0], (1, 4))]] * B))
+
+
+def test_competition_sharpens_the_shares_and_keeps_the_sum():
+    """With one head, p_s becomes P p_s^(1+c) / sum_t p_t^(1+c)."""
+    p = torch.tensor([[0.30, 0.10], [0.02, 0.04], [0.25, 0.25], [0.0, 0.2]], dtype=torch.float64)[None, None]
+    _, _, _, subjects = problem()
+    for c in (0.5, 1.0, 4.0):
+        powers = p ** (1 + c)
+        expected = p.sum(-1, keepdim=True) * powers / powers.sum(-1, keepdim=True)
+        torch.testing.assert_close(attention.settle(p, rivals(subjects, c)), expected)
+
+
+def test_strong_competition_gives_a_place_to_one_subject_in_all_heads():
+    q, k, _, subjects = problem()
+    p = attention.subject_probabilities(q, k, rivals(subjects, 0.0))
+    settled = attention.settle(p, rivals(subjects, 1e4))
+    winner = p.mean(1, keepdim=True).argmax(-1, keepdim=True).expand(-1, H, -1, -1)
+    torch.testing.assert_close(settled.gather(-1, winner)[..., 0], p.sum(-1))
+    torch.testing.assert_close(settled.sum(-1), p.sum(-1))
+
+
+def test_outside_its_region_a_subject_leaves_the_place_to_its_rival():
+    q, k, _, subjects = problem()
+    tokens = [replace(t, region=r) for t, r in zip(rivals(subjects, 1.0), (REGION, 1 - REGION), strict=True)]
+    p = attention.subject_probabilities(q, k, tokens)
+    settled = attention.settle(p, tokens)
+    for place, winner in ((0, 1), (1, 0), (3, 0)):
+        torch.testing.assert_close(settled[:, :, place, winner], p[:, :, place].sum(-1))
 
 
 def test_adds_to_whatever_else_is_in_the_output():
@@ -131,5 +196,5 @@ def test_strength_zero_is_the_text_alone():
 
 def test_huge_logits_stay_finite():
     q, k, v, subjects = problem(torch.float32)
-    out = fast(q * 60, k * 60, v, [[token(subjects[0], weight=8.0)]] * B)
-    assert out.isfinite().all()
+    for tokens in ([token(subjects[0], weight=8.0)], rivals(subjects, 10.0), rivals(subjects, 10.0, region=REGION)):
+        assert fast(q * 60, k * 60, v, [tokens] * B).isfinite().all()

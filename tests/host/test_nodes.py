@@ -10,8 +10,11 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest._io import HiddenHolder
+from comfy_extras.nodes_mediapipe import FaceLandmarksType
 from sampling import encode, sample
 from small_models import make_adapter, make_clip_vision
+from small_training import make_base, make_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,13 +22,25 @@ PROMISES = {
     "NestedAttentionLoadAdapter": ("adapter_name feature_layer norm", "NESTED_ADAPTER"),
     "NestedAttentionEncodeSubject": ("adapter clip_vision image fit images mask", "NESTED_SUBJECT IMAGE"),
     "NestedAttentionApplySubject": (
-        "model clip subject placeholder class_word strength token_weight start_percent end_percent region low_memory",
+        "model clip subject placeholder class_word strength token_weight start_percent end_percent region low_memory "
+        "competition",
         "MODEL CLIP",
     ),
+    "NestedAttentionAlignFace": ("image order index without_face points face_landmarks", "IMAGE"),
+    "NestedAttentionCropSubject": ("image margin square background x y width height mask", "IMAGE"),
     "NestedAttentionCombineSubjects": ("subject_a subject_b mode weight", "NESTED_SUBJECT"),
+    "NestedAttentionRecord": ("model steps layers picture limit_mb", "MODEL NESTED_RECORD"),
+    "NestedAttentionInspect": ("record subject generated view points layers photo clip_vision", "IMAGE"),
     "NestedAttentionPromptInfo": ("clip text", "STRING"),
     "NestedAttentionSaveSubject": ("subject filename_prefix", ""),
     "NestedAttentionLoadSubject": ("subject_name adapter", "NESTED_SUBJECT"),
+    "NestedAttentionTrain": (
+        "model clip vae clip_vision name class_word captions dataset steps learning_rate tokens batch seed resolution "
+        "images crops adapter preview_every preview_prompt accumulation warmup augment min_snr_gamma dim depth norm "
+        "feature_layer gradient_checkpointing cache holdout on_error checkpoint_every",
+        "NESTED_ADAPTER IMAGE IMAGE",
+    ),
+    "NestedAttentionSaveAdapter": ("adapter filename_prefix", ""),
 }
 
 
@@ -123,6 +138,53 @@ def test_photos_of_one_subject(pack, adapter):
     assert (one.shape[1], many.shape[1], mean.shape[1]) == (12, 36, 12)
 
 
+@pytest.fixture
+def preview(pack, tmp_path):
+    """A node as the host readies it for a run, by id; its previews go to a folder of the test."""
+    before = folder_paths.get_temp_directory()
+    folder_paths.set_temp_directory(str(tmp_path))
+
+    def ready(node_id):
+        pack[node_id].hidden = HiddenHolder.from_dict({})
+        return pack[node_id]
+
+    yield ready
+    folder_paths.set_temp_directory(before)
+
+
+def test_align_face(preview, caplog):
+    """What happens where there is no face is the user's choice, and is said."""
+    node = preview("NestedAttentionAlignFace")
+    assert node.define_schema().inputs[-1].io_type == FaceLandmarksType.io_type
+    nobody = {"frames": [[], []], "image_size": (60, 50), "connection_sets": {}}
+    inputs = {"image": torch.rand(2, 60, 50, 3), "order": "largest first", "index": 0, "points": ""}
+    with pytest.raises(ValueError, match="Photo 1, 2 of 2 has no face 0"):
+        run(node, **inputs, without_face="error", face_landmarks=nobody)
+    assert torch.equal(run(node, **inputs, without_face="whole image", face_landmarks=nobody)[0], inputs["image"])
+    assert "No face was found in photo 1, 2 of 2" in caplog.text
+    mesh = torch.rand(478, 2).numpy() * 20 + 10
+    nobody["frames"][1] = [{"landmarks_xy": mesh, "bbox_xyxy": [10, 10, 30, 30]}]
+    (mixed,) = run(node, **inputs, without_face="whole image", face_landmarks=nobody)
+    assert mixed.shape == (2, 512, 512, 3)
+    points = {**inputs, "points": "10 10 30 10 20 20 12 30 28 30 " * 2}
+    output = node.execute(**points, without_face="error")
+    assert output.result[0].shape == (2, 512, 512, 3) and len(output.ui.as_dict()["images"]) == 2
+
+
+def test_crop_subject(preview):
+    node = preview("NestedAttentionCropSubject")
+    inputs = {"image": torch.rand(2, 60, 50, 4), "margin": 0.0, "background": "keep"}
+    none = dict.fromkeys(("x", "y", "width", "height"), 0)
+    box = {"x": 5, "y": 10, "width": 20, "height": 10}
+    output = node.execute(**inputs, **box, square=False)
+    assert output.result[0].shape == (2, 10, 20, 3) and len(output.ui.as_dict()["images"]) == 2
+    masks = torch.zeros(2, 60, 50)
+    masks[0, 10:20, 5:25] = masks[1, 30:40, 10:40] = 1
+    assert run(node, **inputs, **none, square=True, mask=masks)[0].shape == (2, 20, 20, 3)
+    with pytest.raises(ValueError, match="The mask is empty"):
+        run(node, **inputs, **none, square=True, mask=masks * 0)
+
+
 def test_combine(pack, adapter):
     a, b = (encode_subject(pack, adapter)[0] for _ in range(2))
     (both,) = run(pack["NestedAttentionCombineSubjects"], subject_a=a, subject_b=b, mode="blend", weight=0.25)
@@ -152,3 +214,59 @@ def test_a_changed_file_is_read_again(pack, adapter):
     path = Path(folder_paths.get_full_path("nested_attention", "person.safetensors"))
     path.touch()
     assert node.fingerprint_inputs(adapter_name="person.safetensors", feature_layer="", norm="") != before
+
+
+@pytest.fixture
+def train(pack, tmp_path, monkeypatch):
+    """Trains a small adapter by the node; whatever is not said has its default."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    node = pack["NestedAttentionTrain"]
+    node.hidden = type("Hidden", (), {"unique_id": "7"})
+    base = make_base()
+    parts = {"model": base.model, "clip": base.clip, "vae": base.vae, "clip_vision": base.clip_vision}
+    defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+    small = {"steps": 2, "tokens": 5, "resolution": 32, "dim": 64, "depth": 1, "preview_every": 0}
+    return lambda **inputs: node.execute(**{**defaults, **parts, **small, **inputs})
+
+
+def test_train_and_save(pack, train, tmp_path):
+    images = torch.rand(2, 40, 48, 3)
+    first = train(images=images, captions="a person reads\na <person>", preview_every=2)
+    adapter, curve, picture = first.result
+    assert adapter.config.queries == 5 and curve.shape[-1] == picture.shape[-1] == 3 and picture.shape[2] >= 64
+    assert first.ui.value == "2 steps, 2 in all. The run is in output/nested_attention/person."
+    run_again = train(images=images, captions="a person reads\na <person>", preview_every=2)
+    assert "had all its steps" in run_again.ui.value and run_again.result[0].fingerprint == adapter.fingerprint
+    further = train(images=images, crops=images, name="further", adapter=adapter, class_word="dog", steps=1)
+    assert further.result[0].config.queries == 5 and further.result[2].shape == (1, 64, 64, 3)
+    save = pack["NestedAttentionSaveAdapter"]
+    saved = [save.execute(adapter=adapter, filename_prefix="mine/person").ui.value for _ in range(2)]
+    assert saved == [f"Saved as {Path('mine', f'person_0000{i}_.safetensors')}" for i in (1, 2)]
+    name = str(Path("mine", "person_00002_.safetensors"))
+    own = {"feature_layer": "adapter's own", "norm": "adapter's own"}
+    (loaded,) = run(pack["NestedAttentionLoadAdapter"], adapter_name=name, **own)
+    assert loaded.fingerprint == adapter.fingerprint and loaded.config == adapter.config
+
+
+def test_train_on_a_dataset(train, tmp_path, monkeypatch):
+    make_data(tmp_path / "input")
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    for dataset in ("data", str(tmp_path / "input" / "data")):
+        assert train(dataset=dataset, name=str(len(dataset)), steps=1).ui.value.startswith("1 steps")
+
+
+def test_train_says_what_is_wrong(train, tmp_path):
+    images = torch.rand(3, 16, 16, 3)
+    for inputs, problem in (
+        ({}, "Connect pictures to images, or name a dataset"),
+        ({"images": images, "dataset": "data"}, "one of the two, not both"),
+        ({"images": images, "captions": "a person\n\na person"}, "2 captions for 3 pictures"),
+        ({"images": images, "captions": "a cat"}, "neither <person> nor the word person"),
+        ({"images": images, "crops": images[:1]}, "one of crops for each of images"),
+        ({"images": images, "name": "../person"}, "cannot be the name of a run"),
+        ({"images": images, "name": " "}, "cannot be the name of a run"),
+        ({"dataset": "gone"}, "There is no data at .*gone"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=problem):
+            train(**inputs)
+    assert not list(tmp_path.rglob("checkpoint.pt"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.samplers
 import node_helpers
 import pytest
@@ -297,6 +299,65 @@ def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
     texts = [(text_of(positive), [Stands(person, (1,), region=half(8, 8, "left")), Stands(other, (3,))])]
     latent = noise(batch=2, size=(8, 8))
     check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=latent)
+
+
+@pytest.fixture
+def two_women(base_model, base_clip, person, other):
+    """Two subjects of one class word, as model and CLIP made with these choices for the first and the second."""
+
+    def make(first, second):
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", class_word="woman", **first)
+        return apply_subject(model, clip, other, placeholder="<bob>", class_word="woman", **second)
+
+    return make
+
+
+def test_two_subjects_of_one_class(two_women, base_model, sites, person, other):
+    model, clip = two_women({}, {})
+    positive, same = encode(clip, "<anna> and <bob>"), encode(clip, "woman and woman")
+    assert torch.equal(text_of(positive), text_of(same))
+    texts = [(text_of(positive), [Stands(person, (1,)), Stands(other, (3,))])]
+    apart = check(model, base_model, sites, texts, positive, encode(clip, "bad"))
+    assert not torch.allclose(apart, sample(model, encode(clip, "<bob> and <anna>"), encode(clip, "bad")), rtol=1e-2)
+
+
+COMPETITIONS = {
+    "set on one": ({"competition": 2.0}, {}, "<anna> and <bob>"),
+    "regions": (
+        {"region": half(4, 4, "left")[None], "strength": 0.8},
+        {"region": half(4, 4, "right")[None], "competition": 1.0, "token_weight": 1.5},
+        "<anna> and <bob>",
+    ),
+    "a subject twice": ({"competition": 3.0}, {"competition": 1.0}, "<anna> and <bob>, (<anna>:0.5)"),
+}
+
+
+@pytest.mark.parametrize("attention", ["the host's own", "another backend"])
+@pytest.mark.parametrize("case", COMPETITIONS)
+def test_competition(case, attention, two_women, base_model, sites, person, other):
+    *choices, prompt = COMPETITIONS[case]
+    model, clip = two_women(*choices)
+    if attention == "another backend":
+        options = model.model_options["transformer_options"]
+        options["optimized_attention_override"] = lambda f, *args, **kwargs: f(*args, **kwargs)
+    positive, negative = encode(clip, prompt), encode(clip, "bad")
+    anna, bob = (
+        Stands(
+            bound,
+            (column,),
+            each.get("strength", 1.0),
+            each.get("token_weight", 1.0),
+            None if each.get("region") is None else each["region"][0],
+            each.get("competition", 0.0),
+        )
+        for bound, column, each in zip((person, other), (1, 3), choices, strict=True)
+    )
+    again = [replace(anna, columns=(5,), strength=0.5)] if case == "a subject twice" else []
+    latent = noise(batch=2)
+    texts = [(text_of(positive), [anna, bob, *again])]
+    out = check(model, base_model, sites, texts, positive, negative, latent=latent)
+    alone, _ = two_women(*({**each, "competition": 0.0} for each in choices))
+    assert not torch.allclose(out, sample(alone, positive, negative, latent=latent), rtol=1e-2)
 
 
 def test_a_region_is_cropped_with_the_area(base_model, base_clip, sites, person):

@@ -25,6 +25,7 @@ class Stands:
     strength: float = 1.0
     weight: float = 1.0
     region: Tensor | None = None  # [h, w] in latent pixels
+    competition: float = 0.0
 
     def token(self, layer: int, heads: int, size: tuple[int, int]) -> NestedToken:
         config = self.bound.adapter.config
@@ -34,7 +35,7 @@ class Stands:
         region = self.region
         if region is not None:
             region = F.interpolate(region[None, None], size, mode="bilinear").flatten(1)
-        return NestedToken(self.columns, keys, values, *settings, region)
+        return NestedToken(self.columns, keys, values, *settings, region, id(self.bound), self.competition)
 
 
 def subjects_in(row: Tensor, texts: list[tuple[Tensor, list[Stands]]]) -> list[Stands]:

@@ -15,20 +15,49 @@ def nested_attention(q, k, v, rows):
     for row, tokens in enumerate(rows):
         for i in range(n):
             per_query = {id(token): regularised_lookup(q[row, :, i], token) for token in tokens}
+            probabilities = []
             for head in range(h):
                 logits = k[row, head] @ q[row, head, i] / d**0.5
-                values = v[row, head].clone()
                 for token in tokens:
                     for c in token.columns:
                         logit = logits[c].clone()  # autograd keeps it while `logits` changes
                         logits[c] = torch.maximum(logit, token.weight * logit)
-                        here = token.strength * (
-                            1 if token.region is None else token.region[row % len(token.region), i]
-                        )
+                probabilities.append(logits.softmax(0))
+            if any(token.competition for token in tokens):
+                probabilities = settled(probabilities, tokens, row, i)
+            for head in range(h):
+                values = v[row, head].clone()
+                for token in tokens:
+                    here = token.strength * region_at(token, row, i)
+                    for c in token.columns:
                         star = per_query[id(token)](v[row, :, c])[head]
                         values[c] = v[row, head, c] + here * (star - v[row, head, c])  # eq. 2
-                out[row, head, i] = logits.softmax(0) @ values  # eq. 3
+                out[row, head, i] = probabilities[head] @ values  # eq. 3
     return out
+
+
+def region_at(token, row, i):
+    return 1 if token.region is None else token.region[row % len(token.region), i]
+
+
+def settled(probabilities, tokens, row, i):
+    """Competition at one place: in each head the subjects' mass is shared by p_s a_s^c, with a_s a mean over heads."""
+    c = max(token.competition for token in tokens)
+    columns, regions = {}, {}
+    for token in tokens:
+        columns[token.subject] = columns.get(token.subject, ()) + token.columns
+        regions[token.subject] = float(region_at(token, row, i))
+    claims = {s: regions[s] * sum(float(p[list(columns[s])].sum()) for p in probabilities) for s in columns}
+    result = [p.clone() for p in probabilities]
+    for p, new in zip(probabilities, result, strict=True):
+        masses = {s: float(p[list(columns[s])].sum()) for s in columns}
+        wanted = {s: masses[s] * float(claims[s] / max(max(claims.values()), 1e-300)) ** c for s in columns}
+        if sum(wanted.values()) > 0:
+            for s in columns:
+                share = sum(masses.values()) * wanted[s] / sum(wanted.values())
+                for column in columns[s]:
+                    new[column] = p[column] * share / masses[s]
+    return result
 
 
 def regularised_lookup(q, token):

@@ -1,0 +1,216 @@
+"""From a recording to its views: nested keys and values anew, the Q-Former on the photos, and which of it to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import comfy.model_management
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..attention import NestedToken, split_heads
+from ..inspection import figures
+from ..inspection.views import Lookup, Point, average, image_attention, patch_maps, point_weights
+from .adapters import BoundSubject, LoadedAdapter, nested_pair
+from .images import encode
+from .recording import Recording
+
+VIEWS = ("sheet", "attention", "attention per step", "attention per layer", "values", "points", "photo", "owners")
+FEW = figures.COLUMNS  # steps and layers on the sheet
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A subject's photos as the image encoder saw them [B, S, S, 3], and what each nested token looked at there.
+
+    attention   [B, Q, g, g] over the patches of each photo
+    same        whether these photos give the very tokens of the subject
+    """
+
+    seen: Tensor
+    attention: Tensor
+    same: bool
+
+    def of_token(self, token: int) -> tuple[Tensor, Tensor]:
+        """Photo [S, S, 3] and heat map [g, g] of one of the subject's nested tokens."""
+        photo, query = divmod(token, self.attention.shape[1])
+        return self.seen[photo], self.attention[photo, query]
+
+
+def look_at_photos(adapter: LoadedAdapter, clip_vision: Any, images: Tensor, tokens: Tensor) -> Photos:
+    """What a subject's nested tokens [1, M, C] looked at in its photos [B, H, W, 3].
+
+    Raises ValueError where there are not as many photos as the subject was made of.
+    """
+    seen, features = encode(clip_vision, images, None, "center crop", adapter.config)
+    patcher = adapter.patcher
+    comfy.model_management.load_models_gpu([patcher])
+    made, attention = [], []
+    for photo in features.to(patcher.load_device, torch.float32).split(1):
+        with torch.no_grad():
+            nested, over_photo = image_attention(patcher.model.resampler, photo)
+        made.append(nested.cpu())
+        attention.append(patch_maps(over_photo.cpu()))
+    joined = torch.cat(made, dim=1)
+    if joined.shape != tokens.shape:
+        raise ValueError(
+            f"The subject has {tokens.shape[1]} nested tokens, these {len(images)} photos make {joined.shape[1]}. "
+            "Connect all photos that it was made of: the output 'seen' of Encode Subject. Averaged photos cannot be "
+            "told apart."
+        )
+    difference = (joined - tokens.cpu().float()).norm() / joined.norm()
+    return Photos(seen.cpu(), torch.cat(attention), bool(difference < 0.02))
+
+
+def number_of(recording: Recording, bound: BoundSubject) -> int:
+    """The subject's number in the recorded run. Raises ValueError where it was not in it."""
+    for number, subject in enumerate(recording.subjects):
+        if subject.adapter.fingerprint == bound.adapter.fingerprint and torch.equal(
+            subject.tokens, bound.subject.tokens
+        ):
+            return number
+    names = ", ".join(subject.placeholder for subject in recording.subjects)
+    raise ValueError(f"The recorded run holds {names}, but not this subject. Connect the one that Apply Subject has.")
+
+
+def lookups(recording: Recording, number: int, layers: Sequence[int]) -> Iterator[Lookup]:
+    """What a subject's token looked up in layers whose queries were kept, one layer at a time: they are large."""
+    subject = recording.subjects[number]
+    patcher, config = subject.adapter.patcher, subject.adapter.config
+    comfy.model_management.load_models_gpu([patcher])
+    tokens = subject.tokens.to(patcher.load_device, torch.float32)
+    for layer in layers:
+        queries, label = recording.record.queries[layer], recording.record.labels[layer]
+        with torch.no_grad():
+            pair = nested_pair(patcher.model, layer, tokens, queries.heads, recording.dtype)
+        keys, values = (x.to("cpu", queries.q.dtype).float() for x in pair)  # through the precision of the run
+        asked = queries.q, queries.textual[number][None]
+        q, textual = (split_heads(x.float()[None], queries.heads) for x in asked)
+        token = NestedToken((0,), keys, values, norm=config.norm, norm_factor=config.norm_factor)
+        yield Lookup(label, queries.size, q, textual, token)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One subject of a recorded run, ready to be drawn.
+
+    number    the subject's number in the run
+    layers    the layers to show
+    picture   what the run made, [H, W, 3]
+    photos    the subject's photos [B, H, W, 3], and the image encoder that reads them, or None
+    """
+
+    recording: Recording
+    bound: BoundSubject
+    number: int
+    layers: list[int]
+    points: list[Point]
+    picture: Tensor
+    photos: Tensor | None = None
+    clip_vision: Any = None
+
+    def draw(self, view: str) -> Tensor:
+        """One of VIEWS as a picture [1, H, W, 3]. Raises ValueError where something that it needs is missing."""
+        sections = ["attention", "values", "points"] if view == "sheet" else [view]
+        if view == "sheet" and len(self.recording.subjects) > 1:
+            sections.insert(1, "owners")
+        drawn = [self.section(each, FEW if view in ("sheet", "attention") else None) for each in sections]
+        photo = None if self.photos is None else self.photos[0].cpu().float()
+        note = f"seed {self.recording.seed}; {self.recording.summary()}"
+        if "points" in sections or view == "photo":
+            note += f"\n{self.about_photos()}"
+        overview = figures.overview(photo, self.picture, self.points)
+        return figures.sheet(f"Nested attention: {self.name} ({view})", note, [overview, *drawn])
+
+    def section(self, name: str, few: int | None) -> Image.Image:
+        if name == "owners":
+            return figures.owners(self.picture, *self.everyone())
+        if name == "values":
+            return figures.values(self.picture, lookups(self.recording, self.number, spread(self.kept, few or 3 * FEW)))
+        if name in ("points", "photo"):
+            return self.at_points(name)
+        return figures.attention(self.picture, self.name, self.attention(name, few))
+
+    @property
+    def name(self) -> str:
+        return self.recording.subjects[self.number].placeholder
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """Layers of which there are queries. Raises ValueError where there are none."""
+        queries = self.recording.record.queries
+        kept = [n for n in self.layers if n in queries and self.number in queries[n].textual]
+        if not kept:
+            raise ValueError(
+                f"No queries of {self.name} were kept in these layers. Raise limit_mb of Record Nested Attention, or "
+                f"record fewer layers, up to a step at which the subject is active. {self.recording.summary()}"
+            )
+        return kept
+
+    @cached_property
+    def looked_at(self) -> Photos | None:
+        if self.photos is None or self.clip_vision is None:
+            return None
+        return look_at_photos(self.bound.adapter, self.clip_vision, self.photos, self.bound.subject.tokens)
+
+    def about_photos(self) -> str:
+        if self.looked_at is None:
+            return "Connect photo and clip_vision to see what the subject's tokens looked at."
+        return "" if self.looked_at.same else "This photo makes other tokens than the subject's: connect 'seen'."
+
+    def attention(self, view: str, few: int | None) -> list[tuple[str, list[tuple[str, Tensor]]]]:
+        """Rows of captioned p_s maps."""
+        record, run = self.recording.record, self.recording
+        select = partial(record.select, self.number)
+        everything = select(layers=self.layers)
+        if not everything:
+            raise ValueError(f"{self.name} was not active at the recorded steps.")
+        steps = spread([step for step in record.steps() if select([step], self.layers)], few and few - 1)
+        layers = spread([layer for layer in self.layers if select(layers=[layer])], few)
+        by_step = [("mean of all", average(everything))]
+        by_step += [(f"step {s} of {run.total}", average(select([s], self.layers))) for s in steps]
+        by_layer = [(record.labels[n], average(select(layers=[n]))) for n in layers]
+        rows = {
+            "attention per step": [("by step, mean over layers", by_step)],
+            "attention per layer": [("by layer, mean over steps", by_layer)],
+        }
+        return rows.get(view, [row for each in rows.values() for row in each])
+
+    def everyone(self) -> tuple[list[str], list[Tensor]]:
+        """Each subject that was attended, and its mean p_s."""
+        maps = [self.recording.record.select(i, layers=self.layers) for i in range(len(self.recording.subjects))]
+        seen = [(s.placeholder, average(m)) for s, m in zip(self.recording.subjects, maps, strict=True) if m]
+        return [name for name, _ in seen], [mean for _, mean in seen]
+
+    def at_points(self, view: str) -> Image.Image:
+        if not self.points:
+            raise ValueError("Write at least one point, x,y in 0 to 1 of the picture: 0.5,0.4")
+        weights = point_weights(lookups(self.recording, self.number, self.kept), self.points)
+        if view == "points":
+            return figures.at_points(weights, len(self.kept), self.looked_at and self.looked_at.of_token)
+        if self.looked_at is None:
+            raise ValueError("Connect the subject's photo and clip_vision to see what its tokens looked at.")
+        return figures.photo(weights, self.looked_at.of_token)
+
+
+def inspect(
+    recording: Recording, bound: BoundSubject, generated: Tensor, *, layers: str, points: list[Point], **photos: Any
+) -> Inspection:
+    """generated: the run's pictures [B, H, W, 3]. Raises ValueError where the run has no such subject or layers."""
+    number, chosen = number_of(recording, bound), recording.record.layers(layers)
+    if not chosen:
+        labels = ", ".join(recording.record.labels.values())
+        raise ValueError(f"No recorded layer's name holds '{layers}'. There are: {labels}.")
+    picture = generated[min(recording.shown, len(generated) - 1)].cpu().float()
+    return Inspection(recording, bound, number, chosen, points, picture, **photos)
+
+
+def spread(items: Sequence[int], count: int | None) -> list[int]:
+    """At most so many of the items, evenly spaced, first and last among them."""
+    if count is None or len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

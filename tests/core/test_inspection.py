@@ -1,0 +1,213 @@
+"""The views of a run as numbers, against plain loops; records within their limit; pictures of the right size."""
+
+import pytest
+import torch
+from reference import regularised_lookup
+
+from nested_attention.attention import NestedToken
+from nested_attention.inspection import drawing, figures
+from nested_attention.inspection.record import Record, chosen_steps, is_wanted
+from nested_attention.inspection.views import (
+    Lookup,
+    average,
+    image_attention,
+    nested_attention,
+    nested_values,
+    parse_points,
+    patch_maps,
+    point_weights,
+    positions,
+    principal_axes,
+    principal_colors,
+    shares,
+    top_tokens,
+)
+from nested_attention.resampler import Resampler
+
+H, D, M = 3, 8, 12
+SIZE = (4, 6)
+
+
+def lookup(seed=0, size=SIZE, **settings):
+    make = torch.Generator().manual_seed(seed)
+    n = size[0] * size[1]
+    q, keys, values, textual = (torch.randn(1, H, x, D, generator=make) for x in (n, M, M, 1))
+    return Lookup(f"output 0.0 {size[0]}x{size[1]}", size, q, textual, NestedToken((0,), keys, values, **settings))
+
+
+@pytest.mark.parametrize("norm", ["rescale", "clamp", "off"])
+def test_values_are_the_equations(norm):
+    seen = lookup(norm=norm, norm_factor=1.1)
+    values = nested_values(seen)
+    for i in range(SIZE[0] * SIZE[1]):
+        expected = regularised_lookup(seen.q[0, :, i], seen.token)(seen.textual[0, :, 0])
+        torch.testing.assert_close(values[i], expected.flatten(), rtol=1e-4, atol=1e-5)
+
+
+def test_stems_are_the_nested_softmax():
+    seen = lookup()
+    weights = nested_attention(seen, [5, 17])
+    for row, i in zip(weights, (5, 17), strict=True):
+        heads = [(seen.token.keys[0, h] @ seen.q[0, h, i] / D**0.5).softmax(0) for h in range(H)]
+        torch.testing.assert_close(row, sum(heads) / H)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+    mass, token = top_tokens(weights)
+    assert token[0].tolist() == weights[0].argsort(descending=True)[:2].tolist()
+    torch.testing.assert_close(mass[0], weights[0].sort(descending=True).values[:2])
+
+
+def test_points_of_layers_of_different_sizes():
+    big, small = lookup(size=(8, 12)), lookup(1)
+    points = [(0.0, 0.0), (0.5, 0.25), (1.0, 1.0)]
+    assert positions(points, SIZE) == [0, 9, 23] and positions(points, (8, 12)) == [0, 30, 95]
+    expected = (nested_attention(big, [0, 30, 95]) + nested_attention(small, [0, 9, 23])) / 2
+    torch.testing.assert_close(point_weights([big, small], points), expected)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_principal_axes_are_those_of_the_covariance(shape):
+    x = torch.randn(shape, dtype=torch.float64) * torch.linspace(1, 3, shape[1], dtype=torch.float64)
+    x -= x.mean(0)
+    axes, kept = principal_axes(x)
+    _, s, v = torch.linalg.svd(x, full_matrices=False)
+    torch.testing.assert_close((axes * v[:3].T).sum(0).abs(), torch.ones(3, dtype=torch.float64))
+    assert kept == pytest.approx(float((s[:3] ** 2).sum() / (s**2).sum()))
+
+
+def test_colors():
+    """Places of one value have one colour, and a constant that is one of the values has that value's."""
+    kinds = torch.randn(4, 30)
+    kind = torch.arange(4).repeat(10)
+    colors, constant, kept = principal_colors(kinds[kind], kinds[2])
+    assert colors.min() >= 0 and colors.max() <= 1 and kept == pytest.approx(1)
+    torch.testing.assert_close(colors[:4].repeat(10, 1), colors)
+    torch.testing.assert_close(constant, colors[2])
+    assert len({tuple(c) for c in colors[:4].mul(50).round().tolist()}) == 4
+
+
+def test_equal_values_have_one_color():
+    colors, _, _ = principal_colors(torch.ones(10, 30), torch.zeros(30))
+    assert (colors == colors[0]).all()
+
+
+def test_what_the_q_former_looked_at():
+    """Against the layers' own probabilities, and a photo in which one patch draws all attention."""
+    settings = {"image_dim": 10, "dim": 12, "depth": 2, "heads": 3, "dim_head": 4, "queries": 5, "output_dim": 7}
+    resampler = Resampler(**settings, ff_mult=4)
+    features, maps = torch.randn(1, 17, 10), []
+    expected = resampler(features, observe=maps.append)
+    tokens, attention = image_attention(resampler, features)
+    assert torch.equal(tokens, expected) and attention.shape == (1, 5, 17)
+    torch.testing.assert_close(attention, torch.stack([m.mean(1) for m in maps]).mean(0))
+    patches = patch_maps(attention)
+    assert patches.shape == (1, 5, 4, 4) and torch.equal(patches.flatten(2), attention[..., 1:])
+    assert patch_maps(torch.rand(16)).shape == (4, 4)
+    with pytest.raises(ValueError, match="no square"):
+        patch_maps(torch.rand(19))
+
+
+def test_shares_and_averages():
+    a, b = torch.full((2, 2), 0.3), torch.full((4, 4), 0.1)
+    torch.testing.assert_close(shares([a, b]), torch.stack([torch.full((4, 4), 0.75), torch.full((4, 4), 0.25)]))
+    assert shares([a * 0, b * 0]).isfinite().all()
+    torch.testing.assert_close(average([a, b]), torch.full((4, 4), 0.2))
+
+
+def test_steps_and_layers_by_name():
+    assert chosen_steps("all", 4) == {1, 2, 3, 4} == chosen_steps("", 4)
+    assert chosen_steps("1-2, 9-20,last", 10) == {1, 2, 9, 10} and chosen_steps("30", 20) == set()
+    with pytest.raises(ValueError, match="'first' is no step"):
+        chosen_steps("first", 4)
+    assert is_wanted("output 1.0 32x32", "input, 32x32") and not is_wanted("output 1.0 32x32", "64x64")
+
+
+def test_points_in_words():
+    assert parse_points(" 0.4,0.3; 1, 0 ;") == [(0.4, 0.3), (1.0, 0.0)]
+    for wrong in ("0.4", "1.2,0", "a,b", "nan,0"):
+        with pytest.raises(ValueError, match="is no point"):
+            parse_points(f"0.5,0.5; {wrong}")
+
+
+def test_maps_of_one_step_are_averaged():
+    record = Record(10**6)
+    for value in (1.0, 2.0, 6.0):
+        record.add_map(1, 0, 0, torch.full((2, 2), value))
+    torch.testing.assert_close(record.maps[1, 0, 0], torch.full((2, 2), 3.0))
+
+
+def held(record):
+    queries = [x for each in record.queries.values() for x in (each.q, *each.textual.values())]
+    return sum(x.numel() * x.element_size() for x in (*record.maps.values(), *queries))
+
+
+def test_a_record_keeps_its_limit():
+    """Maps before queries: they take the room of queries when there is no other, and are counted when lost."""
+    record = Record(limit=10_000)
+    for step in range(30):
+        for layer in range(4):
+            record.add_map(step, layer, 0, torch.rand(8, 8))
+            record.add_queries(layer, (8, 8), torch.rand(64, 10), 2, {0: torch.rand(10)})
+            assert record.used == held(record) <= record.limit
+        if step == 0:
+            assert record.left_out == {3} and not record.lost
+    assert len(record.maps) == 39 and record.lost == 81 and not record.queries
+
+
+def test_a_record_keeps_copies():
+    record, q = Record(10**6), torch.zeros(4, 6)
+    record.add_queries(0, (2, 2), q, 2, {0: q[0]})
+    record.add_map(1, 0, 0, q[:, 0].view(2, 2))
+    q += 1
+    assert not record.queries[0].q.any() and not record.queries[0].textual[0].any() and not record.maps[1, 0, 0].any()
+    assert record.queries[0].q.untyped_storage().nbytes() == 4 * 6 * 4
+
+
+PICTURE = torch.rand(48, 32, 3)
+PHOTO = torch.rand(16, 16, 3)
+
+
+def of_token(token):
+    return PHOTO, torch.eye(4) * (token + 1)
+
+
+SECTIONS = {
+    "overview": lambda: figures.overview(PHOTO, PICTURE, [(0.2, 0.3), (1.0, 1.0)]),
+    "attention": lambda: figures.attention(PICTURE, "<a>", [("steps", [(str(i), torch.rand(4, 6)) for i in range(8)])]),
+    "values": lambda: figures.values(PICTURE, [lookup(), lookup(1, (8, 12))]),
+    "points": lambda: figures.at_points(torch.rand(3, M), 2, of_token),
+    "points without photo": lambda: figures.at_points(torch.rand(3, M), 2),
+    "photo": lambda: figures.photo(torch.rand(3, M), of_token),
+    "owners": lambda: figures.owners(PICTURE, ["<a>", "<b>"], [torch.rand(4, 6), torch.rand(8, 12)]),
+    "no attention at all": lambda: figures.attention(PICTURE, "<a>", [("steps", [("1", torch.zeros(4, 6))])]),
+    "one nested token": lambda: figures.at_points(torch.ones(1, 1), 1, of_token),
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_are_drawn(section):
+    image = SECTIONS[section]()
+    x = figures.sheet("A title", "a note", [image])
+    assert x.shape[0] == 1 and x.shape[3] == 3 and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+    assert x.shape[1] > image.height and x.shape[2] >= image.width >= drawing.PANEL
+    assert len(drawing.to_tensor(image).flatten(0, 1).unique(dim=0)) > 20
+
+
+def test_a_sheet_is_as_wide_as_its_columns():
+    heats = [(str(i), torch.rand(4, 6)) for i in range(13)]
+    image = figures.attention(PICTURE, "<a>", [("layers", heats)])
+    assert image.width == 6 * drawing.PANEL + 5 * drawing.GAP
+    assert image.height > 3 * drawing.PANEL * 48 / 32
+
+
+def test_heat_is_bright_where_attention_is():
+    heat = torch.zeros(4, 4)
+    heat[1, 2] = 1
+    x = drawing.to_tensor(drawing.heat_over(torch.rand(64, 64, 3), heat, 1.0, width=64)).mean(-1)
+    assert x[16:32, 32:48].mean() > 2 * x[48:].mean()
+
+
+def test_owners_have_their_colors():
+    left = torch.zeros(4, 4)
+    left[:, :2] = 1
+    x = drawing.to_tensor(drawing.owner_map(torch.zeros(64, 64, 3), torch.stack([left, 1 - left]), width=64))
+    assert x[:, :16, 0].mean() > 2 * x[:, :16, 2].mean() and x[:, 48:, 2].mean() > 2 * x[:, 48:, 0].mean()
