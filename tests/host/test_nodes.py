@@ -16,9 +16,12 @@ from sampling import encode, sample
 from small_models import make_adapter, make_clip_vision
 from small_training import make_base, make_data
 
+from scripts.locales import main_texts, node_texts, read
+
 ROOT = Path(__file__).parents[2]
 
 PROMISES = {
+    "NestedAttentionLoadStudio": ("", "MODEL CLIP VAE CLIP_VISION"),
     "NestedAttentionLoadAdapter": ("adapter_name feature_layer norm", "NESTED_ADAPTER"),
     "NestedAttentionEncodeSubject": ("adapter clip_vision image fit images mask", "NESTED_SUBJECT IMAGE"),
     "NestedAttentionApplySubject": (
@@ -83,16 +86,45 @@ def test_every_input_is_explained(pack):
             assert each.tooltip and len(each.tooltip) > 20, (schema.node_id, each.id)
 
 
-def test_every_node_has_its_help_and_no_help_is_left_over(pack):
-    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == pack.keys()
+def test_every_node_has_its_help_in_both_languages_and_none_is_left_over(pack):
+    """The front end asks for <id>/<language>.md, then for <id>.md, which is English and for all other languages."""
+    docs, chinese = ROOT / "web" / "docs", read("zh", "nodeDefs.json")
+    files = {f"{name}{end}" for name in pack for end in (".md", "/zh.md")}
+    assert {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} == files
     for name, node in pack.items():
-        text = (ROOT / "web" / "docs" / f"{name}.md").read_text()
-        assert text.startswith(f"# {node.define_schema().display_name}\n")
+        for path, title in (
+            (docs / f"{name}.md", node.define_schema().display_name),
+            (docs / name / "zh.md", chinese[name]["display_name"]),
+        ):
+            assert path.read_text(encoding="utf-8").startswith(f"# {title}\n")
+
+
+def test_english_texts_are_the_schemas(pack):
+    """After a change of names or tooltips: python scripts/locales.py"""
+    schemas = [node.define_schema() for node in pack.values()]
+    assert read("en", "main.json") == main_texts(schemas)
+    assert read("en", "nodeDefs.json") == node_texts(schemas)
+
+
+def leaves(texts, path=()):
+    """Path and text of each entry of a locale file."""
+    for key, value in texts.items():
+        yield from leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+
+
+@pytest.mark.parametrize("name", ["main.json", "nodeDefs.json"])
+def test_chinese_has_every_text(name):
+    english, chinese = (dict(leaves(read(language, name))) for language in ("en", "zh"))
+    assert chinese.keys() == english.keys()
+    for path, text in chinese.items():
+        assert text.strip() and text != english[path], path
+        if path[-1] != "tooltip":  # the front end reads these as messages, in which such characters have a meaning
+            assert not set("{}@|") & set(text + english[path]), path
 
 
 def test_folders_of_extra_model_paths_stay(pack):
     paths, extensions = folder_paths.folder_names_and_paths["nested_attention"]
-    assert [Path(p).name for p in paths] == ["mine", "nested_attention"]
+    assert [Path(p).name for p in paths] == ["mine", "nested_attention", "adapters"]  # the last are the pack's own
     assert ".safetensors" in extensions and ".ckpt" not in extensions and ".pkl" not in extensions
 
 

@@ -1,0 +1,35 @@
+"""What the documentation says of the code: its quotes are real messages, its links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+
+
+def messages():
+    """Every text in the code, with … for what is filled in, as the documentation quotes it."""
+    for folder in ("nodes", "nested_attention"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_quoted_messages_are_real():
+    known = [re.sub("…+", "…", text) for text in messages()]
+    for line in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
+        first = line.split("|")[1] if line.startswith("|") else ""
+        for quote in re.findall('"(.+?)"', first):
+            assert any(quote.strip("… ") in text for text in known), quote
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
