@@ -30,8 +30,8 @@ FILE = "studio.safetensors"
 PATCH = 2  # pixels are put into channels by squares of this side: a VAE without weights, so that nothing is lost
 LATENTS, CONTEXT = 3 * PATCH**2, 192
 UNET = {
-    "image_size": 32, "in_channels": LATENTS, "out_channels": LATENTS, "model_channels": 32, "num_res_blocks": [1, 1, 1],
-    "channel_mult": [1, 2, 3], "transformer_depth": [0, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "image_size": 32, "in_channels": LATENTS, "out_channels": LATENTS, "model_channels": 32, "channel_mult": [1, 2, 3],
+    "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1],
     "transformer_depth_middle": 1, "context_dim": CONTEXT, "use_linear_in_transformer": True, "num_head_channels": 32,
     "use_spatial_transformer": True, "use_temporal_attention": False, "legacy": False,
 }  # fmt: skip

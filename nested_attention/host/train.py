@@ -38,11 +38,13 @@ def train(
     start: NestedAdapter | None = None,
     stop: Callable[[], bool] = lambda: False,
     watch: Watch = lambda step, line, picture: None,
+    objective: type[DiffusionObjective] = DiffusionObjective,
 ) -> bool:
     """Train on a base model and write output/adapter.safetensors; whether `stop` did not end it before its last step.
 
     start   an adapter to train further, in place of the file `start_from`
     watch   called with each step, its line for the log and the last validation picture (Pillow's), if any
+    objective   another one puts the nested keys and values into the model in another way, to compare with
 
     Raises TrainingError; and the host's interrupt, after checkpoint and adapter are written as they are by then.
     """
@@ -52,11 +54,11 @@ def train(
     log.info("%d pictures to train on, %d to validate on, %d left out.", len(entries), len(kept_apart), troubles.count)
     unet = base.model.model.diffusion_model
     with base.frozen(), checkpointed(unet) if config.gradient_checkpointing else nullcontext():
-        objective = DiffusionObjective(base, adapter, config, troubles)
+        loss = objective(base, adapter, config, troubles)
         reader = Reader(entries, config, troubles, world()[1])
-        validate = make_validation(config, objective, entries, kept_apart, troubles)
+        validate = make_validation(config, loss, entries, kept_apart, troubles)
         told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
-        trainer = Trainer(config, adapter, objective, reader, troubles, **told)
+        trainer = Trainer(config, adapter, loss, reader, troubles, **told)
         try:
             finished = trainer.run(stop, interrupts=(InterruptProcessingException,))
         except InterruptProcessingException:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
-from studio import PHOTOS, Studio
+from served import Studio
 
 from scripts.environment import ROOT, ensure_host
 from scripts.generate_weights import ensure_weights
@@ -33,8 +33,8 @@ def studio(folder):
     paths.write_text(json.dumps({"tests": {"base_path": str(folder), **{name: name for name in names}}}))
     options = ["--input-directory", str(folder / "input"), "--output-directory", str(folder / "output")]
     with running_server(host, [*options, "--extra-model-paths-config", str(paths)], folder / "log.txt") as client:
-        for photo in PHOTOS:
-            client.upload_image(ROOT / "assets" / photo)
+        for photo in (ROOT / "assets").glob("*.png"):
+            client.upload_image(photo)
         yield Studio(client, client.object_info())
 
 

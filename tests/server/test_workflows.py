@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from PIL import Image
-from studio import PHOTOS, PIXELS, WORKFLOWS, change, ids
+from served import PHOTOS, PIXELS, WORKFLOWS, change, ids
 
 from scripts.client import Interrupted
 from scripts.environment import ROOT
@@ -24,7 +24,7 @@ def test_nodes_stand_apart_and_a_note_says_what_to_do(name):
     for a, b in combinations(nodes, 2):
         assert apart(a, b), (a["type"], b["type"])
     (note,) = (node for node in nodes if node["type"] == "MarkdownNote")
-    assert "models" in note["widgets_values"][0] or "checkpoint" in note["widgets_values"][0]
+    assert any(word in note["widgets_values"][0] for word in ("models", "checkpoint", "assets"))
 
 
 def apart(a: dict, b: dict) -> bool:

@@ -1,0 +1,1 @@
+"""How the small model that ships with the pack is made: data, training, evidence. See README.md here."""

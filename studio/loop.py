@@ -1,0 +1,117 @@
+"""One training loop for all parts of the small model: resumable at any moment, with a running mean of the weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from comfy.clip_model import CLIPLayer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """steps of AdamW: the rate rises over `warmup`, then falls along a cosine to a twentieth.
+
+    horizon   where the cosine ends, if not at the last step
+    slower    factors on the rate of the parameters whose names begin so
+    """
+
+    steps: int
+    horizon: int = 0
+    slower: Mapping[str, float] = field(default_factory=dict)
+    rate: float = 1e-3
+    warmup: int = 100
+    decay: float = 0.01
+    ema: float = 0.998
+    save_every: int = 100
+    seed: int = 0
+
+    def at(self, step: int) -> float:
+        fall = 0.05 + 0.95 * (1 + math.cos(math.pi * step / (self.horizon or self.steps))) / 2
+        return self.rate * min(1.0, (step + 1) / self.warmup) * fall
+
+
+def initialize(module: nn.Module) -> None:
+    """Fresh weights: the host's layers leave them undefined, since it always reads them from files."""
+    known = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+    for layer in module.modules():
+        for kind in known:
+            if isinstance(layer, kind):
+                kind.reset_parameters(layer)
+
+
+def differentiable(module: nn.Module) -> None:
+    """The host's CLIP layers add in place, over what their gradients need; these do not."""
+    for layer in module.modules():
+        if isinstance(layer, CLIPLayer):
+            layer.forward = MethodType(clip_layer, layer)
+
+
+def clip_layer(self: CLIPLayer, x: Tensor, mask: Tensor | None = None, optimized_attention: Any = None) -> Tensor:
+    x = x + self.self_attn(self.layer_norm1(x), mask, optimized_attention)
+    return x + self.mlp(self.layer_norm2(x))
+
+
+Loss = Callable[[int, torch.Generator], Tensor | dict[str, Tensor]]
+
+
+def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Module:
+    """Train in place and return the running mean. All chance of a step comes from its own generator.
+
+    loss_of   of the step's number and its random numbers: a loss, or named ones to add up
+    folder    of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mean = copy.deepcopy(module).requires_grad_(False)
+    parameters = list(module.parameters())
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        factor = next((f for prefix, f in plan.slower.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault(factor, []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        plan.rate, weight_decay=plan.decay, betas=(0.9, 0.99),
+    )  # fmt: skip
+    step, state_file = 0, folder / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        module.load_state_dict(state["module"])
+        mean.load_state_dict(state["mean"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    since, first = time.monotonic(), step
+    while step < plan.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.at(step) * group["factor"]
+        losses = loss_of(step, torch.Generator().manual_seed(plan.seed * 1_000_003 + step))
+        losses = losses if isinstance(losses, dict) else {"loss": losses}
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        keep = min(plan.ema, step / (step + 10))
+        with torch.no_grad():
+            for average, now in zip(mean.parameters(), module.parameters(), strict=True):
+                average.lerp_(now, 1 - keep)
+        if step % 20 == 0 or step == plan.steps:
+            numbers = {name: round(value.item(), 5) for name, value in losses.items()}
+            line = {"step": step, **numbers, "seconds_a_step": round((time.monotonic() - since) / (step - first), 3)}
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+        if step % plan.save_every == 0 or step == plan.steps:
+            parts = {"module": module, "mean": mean, "optimizer": optimizer}
+            torch.save({"step": step, **{k: v.state_dict() for k, v in parts.items()}}, state_file.with_suffix(".part"))
+            os.replace(state_file.with_suffix(".part"), state_file)
+    return mean

@@ -1,0 +1,137 @@
+"""Scenes: somebody in a place, with a caption that tells some of it, and what is true of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from . import animals, people, places
+from .pictures import SIDE, VIEWS, Cast, backgrounds, cast
+
+SMALL = 64  # side of the scenes that the model learns to draw
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Who stands in a scene, in which view, and the box [left, top, side] of the picture drawn there."""
+
+    kind: str
+    number: int
+    view: int
+    box: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    picture: np.ndarray  # [SMALL, SMALL, 3] uint8
+    caption: str
+    place: str
+    figures: tuple[Figure, ...]
+
+
+class World:
+    """Makes scenes from the rendered pictures; which one is decided by the random numbers alone."""
+
+    def __init__(self, work: Path):
+        self.casts = {kind: cast(kind, work) for kind in ("people", "animals")}
+        self.backgrounds = backgrounds(work)
+
+    def scene(
+        self, rng: Random, *, held_out: bool = False, kinds: tuple[str, ...] | None = None, told: float = 0.5
+    ) -> Scene:
+        """`told` is how often a caption tells each attribute of an identity."""
+        kinds = kinds or rng.choice((("people",), ("people",), ("animals",), ("people", "animals")))
+        figures = tuple(self.figure(kind, i, kinds, rng, held_out) for i, kind in enumerate(kinds))
+        place = self.place(rng)
+        picture = small(self.draw(place, figures, rng))
+        return Scene(picture, self.caption(figures, place, rng, told), place, figures)
+
+    def place(self, rng: Random) -> str:
+        return places.draw_place(rng)
+
+    def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random, held_out: bool) -> Figure:
+        members: Cast = self.casts[kind]
+        number = rng.choice(members.held_out() if held_out else members.trained())
+        alone = len(kinds) == 1
+        side = rng.randint(100, 118) if alone else rng.randint(*{"people": (86, 96), "animals": (66, 74)}[kind])
+        middle = 64 if alone else (38, 93)[position]
+        left = middle - side // 2 + rng.randint(-5, 5)
+        return Figure(kind, number, rng.randrange(VIEWS), (left, SIDE - side, side))
+
+    def words(self, rng: Random) -> str:
+        """A caption without its picture."""
+        kinds = rng.choice((("people",), ("animals",)))
+        return self.caption(
+            tuple(self.figure(k, i, kinds, rng, False) for i, k in enumerate(kinds)), self.place(rng), rng, 0.9
+        )
+
+    def draw(self, place: str, figures: tuple[Figure, ...], rng: Random) -> np.ndarray:
+        canvas = Image.fromarray(np.array(rng.choice(self.backgrounds[place])))
+        for figure in figures:
+            left, top, side = figure.box
+            picture = self.cutout(figure).resize((side, side), Image.Resampling.LANCZOS)
+            canvas.paste(picture, (left, top), picture)
+        return np.asarray(canvas)
+
+    def cutout(self, figure: Figure) -> Image.Image:
+        return Image.fromarray(np.array(self.casts[figure.kind].pixels[figure.number, figure.view]))
+
+    def portrait(self, kind: str, number: int, view: int, rng: Random) -> np.ndarray:
+        """A photo of somebody to encode, [SIDE, SIDE, 3]: them alone, large, in front of some wall or place."""
+        return self.draw(self.place(rng), (Figure(kind, number, view, (0, 0, SIDE)),), rng)
+
+    def attributes(self, figure: Figure) -> tuple[dict[str, str], dict[str, str]]:
+        members = self.casts[figure.kind]
+        return members.identities[figure.number], members.views[figure.number][figure.view]
+
+    def caption(self, figures: tuple[Figure, ...], place: str, rng: Random, told: float) -> str:
+        phrases = [self.phrase(figure, rng, told if rng.random() < 0.6 else 0.0) for figure in figures]
+        where = f" {places.NAMES[place]}" if rng.random() < 0.9 else ""
+        return re.sub(r"\ba (?=[aeiou])", "an ", " and ".join(phrases) + where)
+
+    def phrase(self, figure: Figure, rng: Random, told: float) -> str:
+        identity, view = self.attributes(figure)
+        return (person_phrase if figure.kind == "people" else pet_phrase)(identity, view, rng, told)
+
+
+def small(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((SMALL, SMALL), Image.Resampling.BOX))
+
+
+def person_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told: float) -> str:
+    mood = f"{view['expression']} " if rng.random() < 0.8 else ""
+    clothes = f" wearing a {view['clothes color']} {view['clothes']}" if rng.random() < 0.8 else ""
+    return f"a {mood}person{people.describe(identity, rng, told)}{clothes}"
+
+
+def pet_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told: float) -> str:
+    """The kind of animal is told more often than the rest of it: 'pet' otherwise."""
+    noun = identity["kind"] if rng.random() < (0.8 if told else 0.25) else "pet"
+    mood = f"{view['mood']} " if rng.random() < 0.8 else ""
+    wears = f" wearing a {view['wear color']} {view['wears']}" if view["wears"] and rng.random() < 0.85 else ""
+    before, after = (f(identity, rng, told) for f in (animals.describe, animals.describe_after))
+    return f"a {mood}{before}{noun}{after}{wears}"
+
+
+def as_pixels(pictures: list[np.ndarray]) -> Tensor:
+    """uint8 [H, W, 3] each to 0..1 [B, 3, H, W]."""
+    return rearrange(torch.from_numpy(np.stack(pictures)).float() / 255, "b h w c -> b c h w")
+
+
+def sheet(pictures: list[Any], columns: int) -> Image.Image:
+    """Pictures of one size in rows."""
+    images = [p if isinstance(p, Image.Image) else Image.fromarray(p) for p in pictures]
+    width, height = images[0].size
+    out = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        out.paste(image.convert("RGB"), (i % columns * width, i // columns * height))
+    return out

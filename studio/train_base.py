@@ -1,0 +1,97 @@
+"""Trains the text encoder and the UNet together, from scratch, on scenes and their captions: rectified flow.
+
+First what pictures look like, then what words mean: a text encoder that learns beside a UNet that cannot draw yet
+forgets its words, as all prompts do the same for it. So it begins anew, more slowly, once there are shapes to tell of.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import comfy.ops
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy.clip_model import CLIPTextModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from nested_attention.host.studio import TEXT, UNET, PixelLatents, StudioLatents
+
+from .loop import Loss, Plan, differentiable, initialize, train
+from .scenes import World, as_pixels
+from .words import LENGTH, Words
+
+SHAPES = 600  # steps of the first part
+CAPTION_DROPOUT = 0.1
+
+
+def clean_latents(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures as the host's model takes them, [B, 12, 32, 32]."""
+    return StudioLatents().process_in(PixelLatents().encode(as_pixels(pictures) * 2 - 1))
+
+
+class Painter(nn.Module):
+    """Text encoder, with the embedding of the known words alone, and UNet."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        plain = comfy.ops.disable_weight_init
+        self.text = CLIPTextModel(TEXT, torch.float32, "cpu", plain)
+        self.text.set_input_embeddings(plain.Embedding(words + 1, TEXT["hidden_size"]))
+        self.unet = UNetModel(**UNET, dtype=torch.float32, operations=plain)
+        initialize(self.unet)
+        nn.init.zeros_(self.unet.out[-1].weight)
+        self.forget_words(0.05)
+        differentiable(self)
+
+    def forget_words(self, spread: float) -> None:
+        """A fresh text encoder; `spread` of its words' vectors."""
+        initialize(self.text)
+        embeddings = self.text.text_model.embeddings
+        nn.init.normal_(embeddings.token_embedding.weight, std=spread)
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.05)
+
+    def forward(self, noisy: Tensor, sigma: Tensor, rows: Tensor, text: Tensor) -> Tensor:
+        """Velocity, noise less clean [B, 12, h, w], of latents at noise sigma [B]; rows, text from Words.batch."""
+        return self.unet(noisy, sigma * 1000, context=self.encode(rows, text))
+
+    def encode(self, rows: Tensor, text: Tensor) -> Tensor:
+        """States of texts, [B, 77, C]. Past a text's end they are zero and need not be computed: each sees its past."""
+        length = int(text.sum(1).max())
+        model = self.text.text_model
+        states = model.embeddings.token_embedding(rows[:, :length], out_dtype=torch.float32)
+        states = states + model.embeddings.position_embedding.weight[:length]
+        causal = torch.full((length, length), float("-inf")).triu(1)
+        states = model.final_layer_norm(model.encoder(states, mask=causal)[0]) * text[:, :length]
+        return F.pad(states, (0, 0, 0, LENGTH - length))
+
+
+def train_base(world: World, words: Words, work: Path, steps: int) -> Painter:
+    """`steps` counts those of the second part."""
+    torch.manual_seed(0)
+    painter = Painter(len(words.ids))
+    first = Plan(min(SHAPES, steps), horizon=1500, rate=2e-3)
+    painter = train(painter, flow_loss(painter, world, words, "base", 32, 0.2), first, work / "shapes")
+    torch.manual_seed(1)
+    painter.requires_grad_(True).forget_words(1.0)
+    second = Plan(steps, rate=1e-3, warmup=200, slower={"text": 0.4}, seed=1)
+    return train(painter, flow_loss(painter, world, words, "words", 16, 0.5), second, work / "base")
+
+
+def flow_loss(painter: Painter, world: World, words: Words, name: str, batch: int, lateness: float) -> Loss:
+    """Loss of a step: the error of the velocity at noises around sigmoid(lateness)."""
+
+    def loss(step: int, chance: torch.Generator) -> Tensor:
+        rng = Random(f"{name} {step}")
+        scenes = [world.scene(rng) for _ in range(batch)]
+        captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption for scene in scenes]
+        rows, text = words.batch([words(caption, rng) for caption in captions])
+        clean = clean_latents([scene.picture for scene in scenes])
+        sigma = torch.sigmoid(torch.randn(batch, generator=chance) + lateness)
+        noise = torch.randn(clean.shape, generator=chance)
+        velocity = painter(clean.lerp(noise, sigma.view(-1, 1, 1, 1)), sigma, rows, text)
+        return (velocity - (noise - clean)).square().mean()
+
+    return loss

@@ -1,0 +1,44 @@
+"""The words of the small model: the tokens that captions hold, out of CLIP's vocabulary."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from random import Random
+
+import comfy.sd1_clip
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from .scenes import World
+
+LENGTH, END = 77, 49407
+UNKNOWN = 0  # row of the embedding for every token that captions do not hold
+UNKNOWN_CHANCE = 0.02  # how often a known token is replaced by it in training
+
+
+class Words:
+    """Captions to rows of the embedding: [START ... END END ...] in CLIP's own order, padded with END."""
+
+    def __init__(self, world: World, captions: int = 6000):
+        folder = Path(os.path.dirname(comfy.sd1_clip.__file__)) / "sd1_tokenizer"
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        rng = Random("words")
+        texts = [world.words(rng) for _ in range(captions)]
+        self.ids = sorted({token for text in texts for token in self.tokenizer(text)["input_ids"]})
+        self.rows = {token: row for row, token in enumerate(self.ids, 1)}
+
+    def __call__(self, caption: str, rng: Random | None = None) -> list[int]:
+        tokens = [self.rows.get(token, UNKNOWN) for token in self.tokenizer(caption)["input_ids"]]
+        if rng:
+            tokens = [tokens[0], *(UNKNOWN if rng.random() < UNKNOWN_CHANCE else t for t in tokens[1:-1]), tokens[-1]]
+        if len(tokens) > LENGTH:
+            raise ValueError(f"'{caption}' has {len(tokens)} tokens, more than {LENGTH}.")
+        return tokens
+
+    def batch(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Rows [B, 77] and where their text is [B, 77, 1]; the first END belongs to it, as in the host."""
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = torch.tensor([row + [self.rows[END]] * (LENGTH - len(row)) for row in rows])
+        return padded, (torch.arange(LENGTH) < lengths[:, None]).unsqueeze(-1).float()

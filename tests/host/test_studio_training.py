@@ -1,0 +1,127 @@
+"""A few steps of every stage of `studio/`, on noise in place of the rendered pictures."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from nested_attention.files import load_adapter
+from nested_attention.host.studio import load_studio
+from studio import adapters, evidence, export, judge, pictures, rivals, scenes, train_base, train_vision, words
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Few identities, whose pictures are noise of the right shape: what is drawn does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        noise = np.random.default_rng(0).integers(0, 255, (64, pictures.SIDE, pictures.SIDE, 4), np.uint8)
+        patch.setattr(pictures, "render", lambda jobs, path, side=128: noise[np.arange(len(jobs)) % len(noise)])
+        patch.setattr(pictures, "IDENTITIES", {"people": 12, "animals": 12})
+        patch.setattr(pictures, "HELD_OUT", 4)
+        patch.setattr(pictures, "PLACES", 2)
+        patch.setattr(evidence, "CANDIDATES", 3)
+        patch.setattr(evidence, "STEPS", 2)
+        patch.setattr(evidence, "STRENGTHS", (1.0,))
+        yield scenes.World(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(world):
+    return words.Words(world, captions=50)
+
+
+@pytest.fixture(scope="module")
+def weights(world, work, vocabulary):
+    """The base model and the image encoder after two steps."""
+    painter = train_base.train_base(world, vocabulary, work, 2)
+    namer = train_vision.train_vision(world, work, 2)
+    export.export(painter, namer, vocabulary, work / "weights", {})
+    return painter, work / "weights"
+
+
+def losses(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_host_encodes_text_as_the_training_did(weights, vocabulary):
+    painter, folder = weights
+    clip = load_studio(folder).clip
+    text = "a happy person wearing a red hoodie"
+    states = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
+    with torch.no_grad():
+        expected = painter.encode(*vocabulary.batch([vocabulary(text)]))
+    torch.testing.assert_close(states, expected, rtol=0.02, atol=0.02)  # weights in half precision
+
+
+def test_an_unknown_word_is_one_known_vector(weights):
+    clip = load_studio(weights[1]).clip
+    zebra, tulip = (clip.encode_from_tokens_scheduled(clip.tokenize(t))[0][0] for t in ("a zebra", "a tulip"))
+    assert torch.equal(zebra, tulip) and zebra.abs().sum() > 0
+
+
+def test_pixels_survive_the_vae(weights):
+    vae = load_studio(weights[1]).vae
+    picture = torch.rand(1, 64, 64, 3)
+    latents = vae.encode(picture)
+    assert latents.shape == (1, 12, 32, 32)
+    torch.testing.assert_close(vae.decode(latents), picture, rtol=0, atol=1e-5)
+
+
+def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
+    """What is finished is read, not trained again."""
+    before = losses(work / "base")
+    painter = train_base.train_base(world, vocabulary, work, 2)
+    assert losses(work / "base") == before
+    assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["people", "animals"])
+def test_pairs_are_of_one_subject_in_two_views(world, tmp_path, kind):
+    listing = adapters.make_pairs(world, kind, tmp_path, 6)
+    lines = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert len(lines) == 6 and all(adapters.CLASSES[kind] in line["caption"].split() for line in lines)
+    assert all((tmp_path / line[name]).exists() for line in lines for name in ("image", "crop"))
+
+
+def test_evidence_from_a_few_steps(world, work, weights):
+    """All methods train, draw and are scored; an interrupted run draws nothing twice."""
+    base = load_studio(weights[1])
+    own = adapters.train_adapter(world, base, "people", work, 2, batch=2)
+    other = adapters.train_adapter(
+        world, base, "people", work, 2, name="decoupled", batch=2, objective=rivals.DecoupledObjective
+    )
+    assert not all(
+        torch.equal(a, b) for a, b in zip(load_adapter(own).parameters(), load_adapter(other).parameters(), strict=True)
+    )
+    methods = {"none": evidence.nobody, "nested": evidence.nested(own), "decoupled": evidence.decoupled(other)}
+    out = work / "scores.json"
+    seer = judge.train_judge(world, work, 2)
+    evidence.run(world, base, seer, methods, 2, 0, out)
+    found = json.loads(out.read_text())
+    assert found.keys() == {"ceiling", *methods}
+    assert all(0 <= row[key] <= 1 for rows in found["nested"].values() for row in rows for key in row)
+    evidence.run(world, base, seer, {"nested": lambda *_: pytest.fail("drawn twice")}, 2, 0, out)
+
+
+def test_methods_change_the_picture_and_no_strength_does_not(world, work, weights):
+    base = load_studio(weights[1])
+    [case] = evidence.cases(world, 1, 0)
+    plain = evidence.draw(base, evidence.nobody, case)
+    for name, method in (("person", evidence.nested), ("decoupled", evidence.decoupled)):
+        made = method(work / "adapters" / name / "adapter.safetensors")
+        assert not torch.equal(evidence.draw(base, made, case, 1.0), plain)
+        torch.testing.assert_close(evidence.draw(base, made, case, 0.0), plain, rtol=0, atol=1e-4)
+
+
+def test_scenes_are_the_same_for_the_same_chance(world):
+    first, second = (world.scene(Random(3)) for _ in range(2))
+    assert np.array_equal(first.picture, second.picture) and first.caption == second.caption
