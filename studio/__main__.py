@@ -14,7 +14,7 @@ from pathlib import Path
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 450, "base": 1700, "adapter": 500, "judge": 350}
+STEPS = {"vision": 350, "base": 1700, "adapter": 350, "judge": 350}
 
 
 def main() -> None:
@@ -133,8 +133,9 @@ def evidence(given: argparse.Namespace) -> None:
         "single": evidence.nested(files["single"]),
         "decoupled": evidence.decoupled(files["decoupled"]),
     }
-    out = HERE / "results" / "people-seed-0.json"
-    evidence.run(world(given), load_studio(given.weights), judge(given), methods, given.cases, 0, out)
+    out, scenes, base = HERE / "results" / "people-seed-0.json", world(given), load_studio(given.weights)
+    out.parent.mkdir(exist_ok=True)
+    evidence.run(scenes, base, judge(given), methods, evidence.cases(scenes, given.cases, 0), out)
     settings = f"All methods were trained for {steps(given, 'adapter')} steps of 16 on the same pairs, from seed 0."
     print(report(sorted(out.parent.glob("people-*.json")), HERE.parent / "docs", settings))
 

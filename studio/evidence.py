@@ -1,4 +1,4 @@
-"""Measures on people who were never trained on: is it the same person, and does the picture do what the prompt says?
+"""Measures on people and pets that were never trained on: is it the same one, doing what the prompt says?
 
 Everything is trained on the same pairs for the same number of steps from the same seed. Scores are kept as JSON, so
 that tables and plots can be made again without drawing anything.
@@ -7,7 +7,7 @@ that tables and plots can be made again without drawing anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nested_attention.files import write_atomically
 from nested_attention.host.adapters import BoundSubject, load_adapter, nested_tokens
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import Base
 from nested_attention.host.images import features, fit
-from nested_attention.subject import Subject
+from nested_attention.subject import Subject, join_photos
 
-from . import people, places
+from . import animals, people, places
 from .judge import Judge, truth
 from .pictures import VIEWS
 from .rivals import apply_decoupled
@@ -33,70 +34,83 @@ from .scenes import World, as_pixels
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.5, "euler", "simple"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5)
 CANDIDATES = 50
-PROMPT_KEYS = ("expression", "clothes", "clothes color")
+ATTRIBUTES = {"people": people, "animals": animals}
+PLACEHOLDERS = {"people": "<person>", "animals": "<pet>"}
+ASKED = {"people": people.VIEW, "animals": ("mood", "wears")}  # of what a prompt asks, what is scored
 
 
 @dataclass(frozen=True)
 class Case:
-    """Somebody held out, a photo of them [1, H, W, 3] in one view, and a prompt that asks for another."""
+    """Who shall be drawn, by kind: held out, with photos [n, H, W, 3] in some views, and a prompt that asks for one."""
 
-    number: int
-    photo: Tensor
-    wanted: dict[str, str]
+    numbers: dict[str, int]
+    photos: dict[str, Tensor]
+    wanted: dict[str, dict[str, str]]
     prompt: str
     seed: int
 
 
-def cases(world: World, count: int, seed: int) -> list[Case]:
-    cast, rng = world.casts["people"], Random(f"cases {seed}")
-    found = []
+def cases(world: World, count: int, seed: int, kinds: Sequence[str] = ("people",), photos: int = 1) -> list[Case]:
+    rng, found = Random(f"cases {seed}"), []
     for i in range(count):
-        number = cast.held_out()[i % len(cast.held_out())]
-        photo = world.portrait("people", number, rng.randrange(VIEWS), rng)
-        wanted = {**people.draw_view(rng), "place": rng.choice(list(places.NAMES))}
-        prompt = "a {expression} <person> wearing a {clothes color} {clothes} ".format(**wanted)
-        prompt += places.NAMES[wanted["place"]]
-        found.append(Case(number, torch.from_numpy(photo.copy())[None] / 255, wanted, prompt, 1000 * seed + i))
+        numbers = {k: world.casts[k].held_out()[i % len(world.casts[k].held_out())] for k in kinds}
+        seen = {k: [world.portrait(k, n, v, rng) for v in rng.sample(range(VIEWS), photos)] for k, n in numbers.items()}
+        wanted = {k: ATTRIBUTES[k].draw_view(rng) for k in kinds}
+        place = rng.choice(list(places.NAMES))
+        phrases = [PHRASES[k].format(PLACEHOLDERS[k], **wanted[k]) for k in kinds]
+        prompt = f"{' and '.join(phrases)} {places.NAMES[place]}".replace(" wearing a  ", " ")
+        tensors = {k: torch.from_numpy(np.stack(v)) / 255 for k, v in seen.items()}
+        found.append(Case(numbers, tensors, {**wanted, "scene": {"place": place}}, prompt, 1000 * seed + i))
     return found
 
 
+PHRASES = {
+    "people": "a {expression} {} wearing a {clothes color} {clothes}",
+    "animals": "a {mood} {} wearing a {wear color} {wears}",
+}
 Method = Callable[[Base, Case, float], tuple[Any, Any]]
 
 
 def nobody(base: Base, case: Case, strength: float) -> tuple[Any, Any]:
-    """The base model, for which the placeholder is its class word."""
+    """The base model, for which a placeholder is its class word."""
     return base.model, base.clip
 
 
-def nested(path: Path, **choices: Any) -> Method:
-    adapter = load_adapter(str(path), path.stem)
+def nested(*paths: Path, choices: Mapping[str, Mapping[str, Any]] | None = None, **shared: Any) -> Method:
+    """One adapter for each kind of a case, in their order; further choices of Apply Subject for all or by kind."""
+    adapters = [load_adapter(str(path), path.parent.name) for path in paths]
 
     def method(base: Base, case: Case, strength: float) -> tuple[Any, Any]:
-        tokens = nested_tokens(adapter, see(base, case, adapter))
-        bound = BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
-        return apply_subject(base.model, base.clip, bound, placeholder="<person>", strength=strength, **choices)
+        model, clip = base.model, base.clip
+        for adapter, kind in zip(adapters, case.numbers, strict=False):
+            tokens = join_photos(nested_tokens(adapter, see(base, case.photos[kind], adapter)), "concatenate")
+            bound = BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
+            own = {"placeholder": PLACEHOLDERS[kind], "strength": strength, **shared, **(choices or {}).get(kind, {})}
+            model, clip = apply_subject(model, clip, bound, **own)
+        return model, clip
 
     return method
 
 
 def decoupled(path: Path) -> Method:
-    adapter = load_adapter(str(path), path.stem)
+    adapter = load_adapter(str(path), path.parent.name)
 
     def method(base: Base, case: Case, strength: float) -> tuple[Any, Any]:
-        return apply_decoupled(base.model, adapter.patcher.model, see(base, case, adapter), strength), base.clip
+        seen = see(base, case.photos["people"], adapter)
+        return apply_decoupled(base.model, adapter.patcher.model, seen, strength), base.clip
 
     return method
 
 
-def see(base: Base, case: Case, adapter: Any) -> Tensor:
-    return features(base.clip_vision, fit(case.photo, base.clip_vision.image_size, "center crop"), adapter.config)
+def see(base: Base, photos: Tensor, adapter: Any) -> Tensor:
+    return features(base.clip_vision, fit(photos, base.clip_vision.image_size, "center crop"), adapter.config)
 
 
 @torch.inference_mode()
 def draw(base: Base, method: Method, case: Case, strength: float = 1.0) -> Tensor:
     """A picture [3, 64, 64] in 0..1, by the host's sampler."""
     model, clip = method(base, case, strength)
-    prompt = case.prompt if clip is not base.clip else case.prompt.replace("<person>", "person")
+    prompt = case.prompt if clip is not base.clip else case.prompt.replace("<", "").replace(">", "")
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
     latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, 32)
     settings = (STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent)
@@ -107,41 +121,42 @@ def draw(base: Base, method: Method, case: Case, strength: float = 1.0) -> Tenso
 
 @torch.no_grad()
 def score(world: World, judge: Judge, cases: list[Case], pictures: Tensor) -> list[dict[str, float]]:
-    """For each case what is right, 0 or 1: identity attributes (mean), what the prompt asked (mean), found among 50."""
-    cast = world.casts["people"]
-    seen = judge(pictures)
-    rows = []
+    """For each case, mean over its subjects: the part of identity attributes that are right, of what the prompt asks,
+    and whether the right one is found among 50.
+    """
+    seen, rows = judge(pictures), []
     for i, case in enumerate(cases):
-        named = {key: options[seen["people"][key][i].argmax()] for key, options in judge.values["people"].items()}
-        place = judge.values["scene"]["place"][seen["scene"]["place"][i].argmax()]
-        identity = cast.identities[case.number]
-        rng = Random(f"candidates {case.seed}")
-        others = rng.sample([n for n in cast.held_out() if n != case.number], CANDIDATES - 1)
-        likely = [likelihood(judge, seen["people"], i, cast.identities[n]) for n in (case.number, *others)]
-        right = [named[key] == case.wanted[key] for key in PROMPT_KEYS] + [place == case.wanted["place"]]
-        rows.append(
-            {
-                "identity": float(np.mean([named[key] == identity[key] for key in people.IDENTITY])),
-                "prompt": float(np.mean(right)),
-                "retrieved": float(likely[0] >= max(likely)),
-            }
-        )
+        named = {k: {key: o[seen[k][key][i].argmax()] for key, o in judge.values[k].items()} for k in judge.values}
+        of = {k: world.casts[k].identities[n] for k, n in case.numbers.items()}
+        right = {k: np.mean([named[k][key] == of[k][key] for key in ATTRIBUTES[k].IDENTITY]) for k in of}
+        asked = [named[k][key] == case.wanted[k][key] for k in of for key in ASKED[k]]
+        asked.append(named["scene"]["place"] == case.wanted["scene"]["place"])
+        found = [retrieved(world, judge, k, {key: x[i] for key, x in seen[k].items()}, case) for k in of]
+        row = {"identity": right.values(), "prompt": asked, "retrieved": found}
+        rows.append({key: float(np.mean(list(values))) for key, values in row.items()})
+        rows[-1] |= {f"identity of {k}": float(value) for k, value in right.items()}
     return rows
 
 
-def likelihood(judge: Judge, seen: dict[str, Tensor], row: int, identity: dict[str, str]) -> float:
-    values = judge.values["people"]
-    return sum(seen[key][row, values[key].index(identity[key])].item() for key in people.IDENTITY)
+def retrieved(world: World, judge: Judge, kind: str, seen: dict[str, Tensor], case: Case) -> bool:
+    """Whether nobody of 49 others fits better to what the judge sees than who was asked for."""
+    cast, number = world.casts[kind], case.numbers[kind]
+    others = Random(f"candidates {case.seed}").sample([n for n in cast.held_out() if n != number], CANDIDATES - 1)
+    values = judge.values[kind]
+    fit = [
+        sum(seen[key][values[key].index(cast.identities[n][key])].item() for key in ATTRIBUTES[kind].IDENTITY)
+        for n in (number, *others)
+    ]
+    return fit[0] >= max(fit)
 
 
-def ceiling(world: World, judge: Judge, count: int) -> list[dict[str, float]]:
-    """The judge on real pictures of people held out, composed as the prompts ask."""
+def ceiling(world: World, judge: Judge, count: int, kinds: Sequence[str]) -> list[dict[str, float]]:
+    """The judge on rendered pictures of those held out, composed as the prompts ask."""
     rng = Random("ceiling")
-    scenes = [world.scene(rng, held_out=True, kinds=("people",)) for _ in range(count)]
-    truths = [truth(world, scene) for scene in scenes]
+    scenes = [world.scene(rng, held_out=True, kinds=tuple(kinds)) for _ in range(count)]
     made = [
-        Case(s.figures[0].number, torch.empty(0), {**t["people"], **t["scene"]}, "", i)
-        for i, (s, t) in enumerate(zip(scenes, truths, strict=True))
+        Case({f.kind: f.number for f in scene.figures}, {}, truth(world, scene), "", i)
+        for i, scene in enumerate(scenes)
     ]
     return score(world, judge, made, as_pixels([scene.picture for scene in scenes]))
 
@@ -157,18 +172,25 @@ def summary(rows: list[dict[str, float]]) -> dict[str, tuple[float, float, float
     return {key: interval([row[key] for row in rows]) for key in rows[0]}
 
 
-def run(world: World, base: Base, judge: Judge, methods: dict[str, Method], count: int, seed: int, out: Path) -> None:
+def run(
+    world: World,
+    base: Base,
+    judge: Judge,
+    methods: Mapping[str, Method],
+    chosen: list[Case],
+    out: Path,
+    strengths: Sequence[float] = STRENGTHS,
+) -> None:
     """Draw and score all, method by method and strength by strength; what is in `out` already is not done again."""
     found = json.loads(out.read_text()) if out.exists() else {}
-    chosen = cases(world, count, seed)
-    found.setdefault("ceiling", {"1.0": ceiling(world, judge, 4 * count)})
+    if "ceiling" not in found:
+        found["ceiling"] = {"1.0": ceiling(world, judge, 4 * len(chosen), list(chosen[0].numbers))}
     for name, method in methods.items():
-        for strength in (1.0,) if name == "none" else STRENGTHS:
+        for strength in (1.0,) if name == "none" else strengths:
             if str(strength) in found.setdefault(name, {}):
                 continue
             pictures = torch.stack([draw(base, method, case, strength) for case in chosen])
             found[name][str(strength)] = score(world, judge, chosen, pictures)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(found))
+            write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
             means = {k: round(v[0], 3) for k, v in summary(found[name][str(strength)]).items()}
             print(name, strength, means, flush=True)

@@ -128,11 +128,17 @@ def test_folders_of_extra_model_paths_stay(pack):
     assert ".safetensors" in extensions and ".ckpt" not in extensions and ".pkl" not in extensions
 
 
+def test_the_adapters_of_the_small_model_are_in_the_list(pack):
+    options = pack["NestedAttentionLoadAdapter"].define_schema().inputs[0].options
+    assert {"studio_person.safetensors", "studio_pet.safetensors"} <= set(options)
+
+
 def test_no_file_says_where_to_put_one(pack):
-    node = pack["NestedAttentionLoadAdapter"]
-    assert node.define_schema().inputs[0].options == ["(none in models/nested_attention)"]
+    node = pack["NestedAttentionLoadSubject"]
+    assert node.define_schema().inputs[0].options == ["(none in models/nested_attention_subjects)"]
     with pytest.raises(ValueError, match="no file 'x.safetensors'. Put it into .*nested_attention"):
-        run(node, adapter_name="x.safetensors", feature_layer="adapter's own", norm="adapter's own")
+        own = "adapter's own"
+        run(pack["NestedAttentionLoadAdapter"], adapter_name="x.safetensors", feature_layer=own, norm=own)
 
 
 @pytest.fixture(scope="module")

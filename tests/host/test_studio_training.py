@@ -25,7 +25,6 @@ def world(tmp_path_factory):
         patch.setattr(pictures, "PLACES", 2)
         patch.setattr(evidence, "CANDIDATES", 3)
         patch.setattr(evidence, "STEPS", 2)
-        patch.setattr(evidence, "STRENGTHS", (1.0,))
         yield scenes.World(tmp_path_factory.mktemp("pictures"))
 
 
@@ -105,11 +104,12 @@ def test_evidence_from_a_few_steps(world, work, weights):
     methods = {"none": evidence.nobody, "nested": evidence.nested(own), "decoupled": evidence.decoupled(other)}
     out = work / "scores.json"
     seer = judge.train_judge(world, work, 2)
-    evidence.run(world, base, seer, methods, 2, 0, out)
+    chosen = evidence.cases(world, 2, 0)
+    evidence.run(world, base, seer, methods, chosen, out, strengths=(1.0,))
     found = json.loads(out.read_text())
     assert found.keys() == {"ceiling", *methods}
     assert all(0 <= row[key] <= 1 for rows in found["nested"].values() for row in rows for key in row)
-    evidence.run(world, base, seer, {"nested": lambda *_: pytest.fail("drawn twice")}, 2, 0, out)
+    evidence.run(world, base, seer, {"nested": lambda *_: pytest.fail("drawn twice")}, chosen, out, strengths=(1.0,))
 
 
 def test_methods_change_the_picture_and_no_strength_does_not(world, work, weights):
@@ -120,6 +120,16 @@ def test_methods_change_the_picture_and_no_strength_does_not(world, work, weight
         made = method(work / "adapters" / name / "adapter.safetensors")
         assert not torch.equal(evidence.draw(base, made, case, 1.0), plain)
         torch.testing.assert_close(evidence.draw(base, made, case, 0.0), plain, rtol=0, atol=1e-4)
+
+
+def test_two_subjects_are_drawn_and_scored(world, work, weights):
+    base = load_studio(weights[1])
+    files = [adapters.train_adapter(world, base, kind, work, 2, batch=2) for kind in adapters.CLASSES]
+    [case] = evidence.cases(world, 1, 0, kinds=("people", "animals"), photos=2)
+    assert "<person>" in case.prompt and "<pet>" in case.prompt
+    method = evidence.nested(*files, choices={"animals": {"competition": 2.0}})
+    [row] = evidence.score(world, judge.Judge(), [case], evidence.draw(base, method, case)[None])
+    assert row["identity"] == pytest.approx((row["identity of people"] + row["identity of animals"]) / 2)
 
 
 def test_scenes_are_the_same_for_the_same_chance(world):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from studio import change
+from served import change
 
 from scripts.environment import ensure_host
 from scripts.generate_weights import ensure_weights

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from studio import change, ids, texts_on_nodes
+from served import change, ids, texts_on_nodes
 
 from scripts.client import NodeError
 

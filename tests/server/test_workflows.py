@@ -15,7 +15,7 @@ from scripts.environment import ROOT
 from scripts.workflow import read_graph
 
 TITLE_HEIGHT = 30
-FILE_INPUTS = {"ckpt_name", "adapter_name", "clip_name", "subject_name"}
+FILE_INPUTS = {"ckpt_name", "adapter_name", "clip_name", "subject_name", "lora_name", "control_net_name"}
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -37,7 +37,7 @@ def apart(a: dict, b: dict) -> bool:
 def test_every_widget_has_its_value(name):
     for node in read_graph(WORKFLOWS[name])["nodes"]:
         widgets = [socket["name"] for socket in node["inputs"] if "widget" in socket]
-        controls = 1 if "seed" in widgets or node["type"] == "MarkdownNote" else 0
+        controls = 1 if node["type"] in ("KSampler", "MarkdownNote") else 0
         assert len(node["widgets_values"]) == len(widgets) + controls, node["type"]
 
 
