@@ -117,9 +117,9 @@ class Client:
         return self.images(prompt_id)
 
     def images(self, prompt_id: str, kind: str = "output") -> list[bytes]:
-        """The saved pictures of a finished run as PNG bytes; kind "temp" gives the previews."""
-        record = self.history(prompt_id) or {"outputs": {}}
-        named = [image for output in record["outputs"].values() for image in output.get("images", [])]
+        """The saved pictures of a finished run as PNG bytes, by node; kind "temp" gives the previews."""
+        outputs = (self.history(prompt_id) or {"outputs": {}})["outputs"]
+        named = [image for node in sorted(outputs, key=int) for image in outputs[node].get("images", [])]
         return [self._view(image) for image in named if image["type"] == kind]
 
     def _view(self, image: dict[str, str]) -> bytes:
