@@ -14,7 +14,7 @@ from pathlib import Path
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 350, "base": 1700, "adapter": 300, "judge": 350}
+STEPS = {"vision": 700, "base": 4000, "adapter": 600, "judge": 350}
 
 
 def main() -> None:

@@ -44,19 +44,16 @@ def draw_view(rng: Random) -> dict[str, str]:
     }
 
 
-def describe(identity: dict[str, str], rng: Random, chance: float) -> str:
-    """'white spotted ' before the noun, by chance; eyes and mark colors are told after it by `describe_after`."""
-    words = [identity["fur"]] if rng.random() < chance else []
-    if identity["marks"] != "plain" and rng.random() < chance:
-        words.append(identity["marks"])
-    return "".join(f"{word} " for word in words)
-
-
-def describe_after(identity: dict[str, str], rng: Random, chance: float) -> str:
-    words = [f"{identity['eyes']} eyes"] if rng.random() < chance else []
-    if identity["mark color"] and rng.random() < chance:
-        words.append(f"{identity['mark color']} fur")
-    return " with " + " and ".join(words) if words else ""
+def describe(identity: dict[str, str], rng: Random, chance: float) -> list[str]:
+    """'green eyes', 'golden fur', 'spotted', 'white': each attribute is told by chance."""
+    names = {
+        "eyes": f"{identity['eyes']} eyes",
+        "mark color": f"{identity['mark color']} fur",
+        "marks": identity["marks"],
+        "fur": identity["fur"],
+    }
+    there = [key for key in names if identity[key] not in ("", "plain")]
+    return [names[key] for key in there if rng.random() < chance]
 
 
 def job(identity: dict[str, str], view: dict[str, str]) -> dict[str, Any]:

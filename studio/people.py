@@ -93,18 +93,14 @@ def key_of(names: dict[str, str], name: str) -> str:
     return next(key for key, value in names.items() if value == name)
 
 
-def describe(identity: dict[str, str], rng: Random, chance: float) -> str:
-    """' with curly red hair, pale skin and a beard': each attribute is told by chance; '' where none is."""
+def describe(identity: dict[str, str], rng: Random, chance: float) -> list[str]:
+    """'curly red hair', 'pale skin', 'beard': each attribute is told by chance."""
     told = [key for key in ("top", "skin", "glasses", "beard") if identity[key] and rng.random() < chance]
-    words = []
-    for key in told:
-        name, color = identity[key], identity["hair color"]
-        if key == "top" and name in HATS.values():
-            words.append(f"a {color} {name}")
-        elif key == "top":
-            words.append(f"{name} {color} hair")
-        elif key == "skin":
-            words.append(f"{name} skin")
-        else:
-            words.append(name if key == "glasses" else f"a {name}")
-    return " with " + " and ".join(words) if words else ""
+    hat = identity["top"] in HATS.values()
+    names = {
+        "top": f"{identity['hair color']} {identity['top']}"
+        if hat
+        else f"{identity['top']} {identity['hair color']} hair",
+        "skin": f"{identity['skin']} skin",
+    }
+    return [names.get(key, identity[key]) for key in told]

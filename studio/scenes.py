@@ -110,16 +110,28 @@ def small(picture: np.ndarray) -> np.ndarray:
 def person_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told: float) -> str:
     mood = f"{view['expression']} " if rng.random() < 0.8 else ""
     clothes = f" wearing a {view['clothes color']} {view['clothes']}" if rng.random() < 0.8 else ""
-    return f"a {mood}person{people.describe(identity, rng, told)}{clothes}"
+    return f"a {mood}{with_noun(people.describe(identity, rng, told), 'person', rng)}{clothes}"
 
 
 def pet_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told: float) -> str:
-    """The kind of animal is told more often than the rest of it: 'pet' otherwise."""
-    noun = identity["kind"] if rng.random() < (0.8 if told else 0.25) else "pet"
+    """The kind of animal is told as often as the rest of it: before 'pet' or in its place."""
+    words = animals.describe(identity, rng, told)
+    kind = rng.random() < max(told, 0.2)
+    noun = identity["kind"] if kind and rng.random() < 0.5 else "pet"
     mood = f"{view['mood']} " if rng.random() < 0.8 else ""
     wears = f" wearing a {view['wear color']} {view['wears']}" if view["wears"] and rng.random() < 0.85 else ""
-    before, after = (f(identity, rng, told) for f in (animals.describe, animals.describe_after))
-    return f"a {mood}{before}{noun}{after}{wears}"
+    return f"a {mood}{with_noun([*words, identity['kind']] if kind and noun == 'pet' else words, noun, rng)}{wears}"
+
+
+def with_noun(words: list[str], noun: str, rng: Random) -> str:
+    """What is told of somebody, mostly before the noun.
+
+    A text encoder sees only what is before a word. So the noun's token comes to hold what somebody looks like, and the
+    UNet to look it up there: which is the place that a subject takes later.
+    """
+    if words and rng.random() < 0.25:
+        return f"{noun} with {' and '.join(words)}"
+    return " ".join([*words, noun])
 
 
 def as_pixels(pictures: list[np.ndarray]) -> Tensor:
