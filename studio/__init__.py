@@ -1,1 +1,1 @@
-"""How the small model that ships with the pack is made: data, training, evidence. See README.md here."""
+"""How a small model to ship with the pack is made: data, training, evidence. See README.md here."""

@@ -1,4 +1,4 @@
-"""Makes the small model that ships with the pack: `python -m studio [STAGE ...]`, each of which goes on where it was.
+"""Makes a small model to ship with the pack: `python -m studio [STAGE ...]`, each of which goes on where it was.
 
 Stages, in order: pictures, vision, base, export, adapters, which make what ships, and judge, rivals, evidence, which
 measure it.
@@ -20,7 +20,7 @@ STEPS = {"vision": 700, "base": 4000, "adapter": 600, "judge": 350}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m studio", description=__doc__)
     parser.add_argument("stages", nargs="*", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of what is made on the way")
+    parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of what is made on the way")
     parser.add_argument("--weights", type=Path, default=HERE.parent / "weights", help="folder of what ships")
     parser.add_argument("--steps", type=int, help="of each training, in place of its own number")
     parser.add_argument("--cases", type=int, default=64, help="pictures for each row of the evidence")
