@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .nodes import adapter, apply, inspect, picture, prompt_info, subject, train
+from .nodes import adapter, apply, inspect, picture, prompt_info, studio, subject, train
 from .nodes.sockets import register_folders
 
 WEB_DIRECTORY = "./web"
@@ -16,7 +16,7 @@ class NestedAttentionExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = adapter, picture, subject, apply, inspect, prompt_info, train
+        modules = studio, adapter, picture, subject, apply, inspect, prompt_info, train
         return [node for module in modules for node in module.NODES]
 
 

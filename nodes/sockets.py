@@ -14,15 +14,16 @@ CATEGORY = "conditioning/nested attention"
 ADAPTERS = "nested_attention"
 SUBJECTS = "nested_attention_subjects"
 RUNS = "nested_attention"  # of the output folder: what trainings write
+SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "weights", "adapters")  # those of the small model
 FILES = {ADAPTERS: {".safetensors", ".sft", ".bin", ".pt", ".pth"}, SUBJECTS: {".safetensors"}}
 
 
 def register_folders() -> None:
     """Make the folders known to the host, beside any that extra_model_paths.yaml gave for them."""
     for name, extensions in FILES.items():
-        default = os.path.join(folder_paths.models_dir, name)
+        own = [os.path.join(folder_paths.models_dir, name), *([SHIPPED] if name == ADAPTERS else [])]
         paths = list(folder_paths.folder_names_and_paths.get(name, ([], set()))[0])
-        folder_paths.folder_names_and_paths[name] = ([*paths, default] if default not in paths else paths, extensions)
+        folder_paths.folder_names_and_paths[name] = ([*paths, *(path for path in own if path not in paths)], extensions)
 
 
 def choices(folder: str) -> list[str]:

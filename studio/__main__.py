@@ -14,7 +14,7 @@ from pathlib import Path
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 700, "base": 4000, "adapter": 600, "judge": 350}
+STEPS = {"vision": 700, "base": 3000, "told": 2000, "start": 800, "adapter": 500, "judge": 500}
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def base(given: argparse.Namespace):
 
     scenes = world(given)
     words = Words(scenes)
-    return train_base(scenes, words, given.work, steps(given, "base")), words
+    return train_base(scenes, words, given.work, steps(given, "base"), steps(given, "told")), words
 
 
 def export(given: argparse.Namespace) -> None:
@@ -75,7 +75,11 @@ def export(given: argparse.Namespace) -> None:
     from .export import export
 
     painter, words = base(given)
-    notes = {"command": "python -m studio", "seed": 0, "steps": {k: steps(given, k) for k in ("vision", "base")}}
+    notes = {
+        "command": "python -m studio",
+        "seed": 0,
+        "steps": {k: steps(given, k) for k in ("vision", "base", "told")},
+    }
     export(painter, vision(given), words, given.weights, notes)
 
 
@@ -85,7 +89,9 @@ def adapters(given: argparse.Namespace) -> None:
     from .adapters import CLASSES, train_adapter
 
     for kind, name in CLASSES.items():
-        made = train_adapter(world(given), load_studio(given.weights), kind, given.work, steps(given, "adapter"))
+        made = train_adapter(
+            world(given), load_studio(given.weights), kind, given.work, steps(given, "adapter"), steps(given, "start")
+        )
         target = given.weights / "adapters" / f"studio_{name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, target)
@@ -113,6 +119,7 @@ def rivals(given: argparse.Namespace) -> dict[str, Path]:
             "people",
             given.work,
             steps(given, "adapter"),
+            steps(given, "start"),
             name=name,
             **changes,
         )
@@ -133,11 +140,22 @@ def evidence(given: argparse.Namespace) -> None:
         "single": evidence.nested(files["single"]),
         "decoupled": evidence.decoupled(files["decoupled"]),
     }
-    out, scenes, base = HERE / "results" / "people-seed-0.json", world(given), load_studio(given.weights)
-    out.parent.mkdir(exist_ok=True)
-    evidence.run(scenes, base, judge(given), methods, evidence.cases(scenes, given.cases, 0), out)
-    settings = f"All methods were trained for {steps(given, 'adapter')} steps of 16 on the same pairs, from seed 0."
-    print(report(sorted(out.parent.glob("people-*.json")), HERE.parent / "docs", settings))
+    pet = given.weights / "adapters" / "studio_pet.safetensors"
+    pairs = {
+        "none": evidence.nobody,
+        "nested": evidence.nested(files["person"], pet),
+        "competition": evidence.nested(files["person"], pet, competition=2.0),
+    }
+    scenes, base, seer, results = world(given), load_studio(given.weights), judge(given), HERE / "results"
+    results.mkdir(exist_ok=True)
+    one, two = (evidence.cases(scenes, given.cases, 0, kinds) for kinds in (("people",), ("people", "animals")))
+    evidence.run(scenes, base, seer, methods, one, results / "people-seed-0.json")
+    evidence.run(scenes, base, seer, pairs, two, results / "pairs-seed-0.json", strengths=(1.0,))
+    settings = (
+        f"All methods were trained for {steps(given, 'adapter')} steps of 16 on the same pairs from seed 0, after a "
+        f"warm start of {steps(given, 'start')} steps of the Q-Former, the same for each number of tokens."
+    )
+    print(report(results, HERE.parent / "docs", settings))
 
 
 STAGES = {stage.__name__: stage for stage in (pictures, vision, base, export, adapters, judge, rivals, evidence)}

@@ -16,6 +16,7 @@ from nested_attention.training.config import TrainingConfig
 from .animals import KINDS
 from .pictures import VIEWS
 from .scenes import World
+from .warm_start import warm_start
 
 CLASSES = {"people": "person", "animals": "pet"}
 PAIRS = 4000
@@ -56,8 +57,9 @@ def settings(kind: str, data: Path, output: Path, steps: int, **changes: object)
     values = {
         "data": str(data), "output": str(output), "class_word": CLASSES[kind], "resolution": 64, "buckets": False,
         "queries": 32, "dim": 160, "depth": 3, "dim_head": 32, "ff_mult": 2, "steps": steps, "batch": 16,
-        "learning_rate": 1e-3, "warmup": 50, "ema": 0.995, "precision": "fp32", "gradient_checkpointing": False,
-        "cache": "memory", "augment": 0.5, "log_every": 20, "checkpoint_every": 100, "validate_every": 10**6,
+        "learning_rate": 5e-4, "warmup": 50, "norm": "clamp", "norm_factor": 6.0, "ema": 0.995, "precision": "fp32",
+        "gradient_checkpointing": False, "cache": "memory", "augment": 0.5, "log_every": 20,
+        "checkpoint_every": 100, "validate_every": 10**6,
     }  # fmt: skip
     return TrainingConfig(**{**values, **changes})
 
@@ -68,14 +70,20 @@ def train_adapter(
     kind: str,
     work: Path,
     steps: int,
+    before: int,
     *,
     name: str = "",
     objective: type[DiffusionObjective] = DiffusionObjective,
     **changes: object,
 ) -> Path:
-    """The adapter's file; goes on from a checkpoint in its folder, which has its name, or that of the class."""
+    """The adapter's file; goes on from a checkpoint in its folder, which has its name, or that of the class.
+
+    before   steps of its warm start
+    """
     output = work / "adapters" / (name or CLASSES[kind])
     data = make_pairs(world, kind, work / "pairs" / kind)
     if not (output / ADAPTER).exists():
-        train(settings(kind, data, output, steps, **changes), base, objective=objective)
+        config = settings(kind, data, output, steps, **changes)
+        start = warm_start(world, base, kind, config, work / "starts" / f"{kind}-{config.queries}", before)
+        train(config, base, start=start, objective=objective)
     return output / ADAPTER

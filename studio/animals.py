@@ -16,6 +16,7 @@ WEARS = ("", "bow tie", "scarf", "party hat", "collar")
 WEAR_COLORS = {"red": "#d8383a", "green": "#3f9a4f", "purple": "#8452b8", "yellow": "#f3cf3c"}
 
 IDENTITY = ("kind", "fur", "marks", "mark color", "eyes")
+TOLD = ("eyes", "mark color", "marks", "fur", "kind")  # in the order in which captions tell of it
 VIEW = ("mood", "wears", "wear color")
 OUTLINE = 'stroke="#2b2426" stroke-width="3" stroke-linejoin="round" stroke-linecap="round"'
 
@@ -52,7 +53,7 @@ def describe(identity: dict[str, str], rng: Random, chance: float) -> list[str]:
         "marks": identity["marks"],
         "fur": identity["fur"],
     }
-    there = [key for key in names if identity[key] not in ("", "plain")]
+    there = [key for key in TOLD[:-1] if identity[key] not in ("", "plain")]
     return [names[key] for key in there if rng.random() < chance]
 
 

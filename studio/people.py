@@ -41,6 +41,7 @@ CLOTHES_COLORS = {"262e33": "black", "5199e4": "blue", "e6e6e6": "white", "ff5c5
                   "a7ffc4": "green", "ffffb1": "yellow", "929598": "grey"}  # fmt: skip
 
 IDENTITY = ("top", "hair color", "skin", "glasses", "beard")  # what is scored as identity
+TOLD = ("top", "skin", "glasses", "beard")  # in the order in which captions tell of it
 VIEW = ("expression", "clothes", "clothes color")  # what the prompt decides
 
 
@@ -95,7 +96,7 @@ def key_of(names: dict[str, str], name: str) -> str:
 
 def describe(identity: dict[str, str], rng: Random, chance: float) -> list[str]:
     """'curly red hair', 'pale skin', 'beard': each attribute is told by chance."""
-    told = [key for key in ("top", "skin", "glasses", "beard") if identity[key] and rng.random() < chance]
+    told = [key for key in TOLD if identity[key] and rng.random() < chance]
     hat = identity["top"] in HATS.values()
     names = {
         "top": f"{identity['hair color']} {identity['top']}"

@@ -12,34 +12,49 @@ NAMES = {
     "nested": "nested attention",
     "decoupled": "decoupled cross-attention",
     "single": "single token",
+    "competition": "nested attention, competition 2",
     "ceiling": "real pictures",
 }
 COLORS = {"nested": "#d6336c", "decoupled": "#1c7ed6", "single": "#f08c00"}
-COLUMNS = ("identity", "retrieved", "prompt")
 
 
-def report(scores: list[Path], docs: Path, settings: str) -> Path:
-    """docs/evidence.md and its plot, from score files of one or more seeds."""
-    pooled: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for path in scores:
-        for method, by_strength in json.loads(path.read_text()).items():
-            for strength, rows in by_strength.items():
-                pooled.setdefault(method, {}).setdefault(strength, []).extend(rows)
-    table = ["| method | strength | identity | found among 50 | prompt |", "| --- | --- | --- | --- | --- |"]
-    for method in (name for name in NAMES if name in pooled):
-        for strength, rows in pooled[method].items():
-            numbers = summary(rows)
-            cells = ["{:.1%} ({:.1%} to {:.1%})".format(*numbers[key]) for key in COLUMNS]
-            shown = strength if method in COLORS else ""
-            table.append(f"| {NAMES[method]} | {shown} | {' | '.join(cells)} |")
-    plot(pooled, docs / "evidence.png")
-    cases = len(next(iter(pooled["none"].values())))
-    page = PAGE.format(settings=settings, cases=cases, table="\n".join(table))
+Pooled = dict[str, dict[str, list[dict[str, float]]]]
+
+
+def report(results: Path, docs: Path, settings: str) -> Path:
+    """docs/evidence.md and its plot, from the score files of one or more seeds in `results`."""
+    one, two = (pool(sorted(results.glob(f"{name}-*.json"))) for name in ("people", "pairs"))
+    plot(one, docs / "evidence.png")
+    columns = {"identity": "identity", "retrieved": "found among 50", "prompt": "prompt"}
+    each = {"identity of people": "identity, person", "identity of animals": "identity, pet", "prompt": "prompt"}
+    cases = len(next(iter(one["none"].values())))
+    page = PAGE.format(settings=settings, cases=cases, one=table(one, columns), two=table(two, each))
     (docs / "evidence.md").write_text(page, encoding="utf-8")
     return docs / "evidence.md"
 
 
-def plot(pooled: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
+def pool(scores: list[Path]) -> Pooled:
+    """Rows by method and strength, of all files."""
+    pooled: Pooled = {}
+    for path in scores:
+        for method, by_strength in json.loads(path.read_text()).items():
+            for strength, rows in by_strength.items():
+                pooled.setdefault(method, {}).setdefault(strength, []).extend(rows)
+    return pooled
+
+
+def table(pooled: Pooled, columns: dict[str, str]) -> str:
+    lines = [f"| method | strength | {' | '.join(columns.values())} |", "| --- " * (len(columns) + 2) + "|"]
+    for method in (name for name in NAMES if name in pooled):
+        for strength, rows in pooled[method].items():
+            numbers = summary(rows)
+            cells = ["{:.1%} ({:.1%} to {:.1%})".format(*numbers[key]) for key in columns]
+            shown = "" if method in ("none", "ceiling") else strength
+            lines.append(f"| {NAMES[method]} | {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(pooled: Pooled, path: Path) -> None:
     """Identity against prompt, one curve of strengths per method."""
     import matplotlib.pyplot as plt
 
@@ -82,7 +97,15 @@ lie in `studio/results/`.
   the same Q-Former's tokens is added to the text's everywhere. *Single token* is one value for the word in each layer,
   the same at every place.
 
-{table}
+- All start from a Q-Former that has learned to give for a photo the text state of a caption that tells all.
+
+{one}
 
 ![Identity against prompt over the strength](evidence.png)
+
+## A person and a pet in one picture
+
+Each scored apart, with one photo of each.
+
+{two}
 """

@@ -46,7 +46,7 @@ class World:
         self.backgrounds = backgrounds(work)
 
     def scene(
-        self, rng: Random, *, held_out: bool = False, kinds: tuple[str, ...] | None = None, told: float = 0.5
+        self, rng: Random, *, held_out: bool = False, kinds: tuple[str, ...] | None = None, told: float = 0.3
     ) -> Scene:
         """`told` is how often a caption tells each attribute of an identity."""
         kinds = kinds or rng.choice((("people",), ("people",), ("animals",), ("people", "animals")))
@@ -94,7 +94,7 @@ class World:
         return members.identities[figure.number], members.views[figure.number][figure.view]
 
     def caption(self, figures: tuple[Figure, ...], place: str, rng: Random, told: float) -> str:
-        phrases = [self.phrase(figure, rng, told if rng.random() < 0.6 else 0.0) for figure in figures]
+        phrases = [self.phrase(figure, rng, told) for figure in figures]
         where = f" {places.NAMES[place]}" if rng.random() < 0.9 else ""
         return re.sub(r"\ba (?=[aeiou])", "an ", " and ".join(phrases) + where)
 

@@ -2,6 +2,7 @@
 
 First what pictures look like, then what words mean: a text encoder that learns beside a UNet that cannot draw yet
 forgets its words, as all prompts do the same for it. So it begins anew, more slowly, once there are shapes to tell of.
+Last, captions tell nearly all of somebody, so that each word comes to mean what it names.
 """
 
 from __future__ import annotations
@@ -53,10 +54,6 @@ class Painter(nn.Module):
         nn.init.normal_(embeddings.token_embedding.weight, std=spread)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.05)
 
-    def forward(self, noisy: Tensor, sigma: Tensor, rows: Tensor, text: Tensor) -> Tensor:
-        """Velocity, noise less clean [B, 12, h, w], of latents at noise sigma [B]; rows, text from Words.batch."""
-        return self.unet(noisy, sigma * 1000, context=self.encode(rows, text))
-
     def encode(self, rows: Tensor, text: Tensor) -> Tensor:
         """States of texts, [B, 77, C]. Past a text's end they are zero and need not be computed: each sees its past."""
         length = int(text.sum(1).max())
@@ -68,8 +65,8 @@ class Painter(nn.Module):
         return F.pad(states, (0, 0, 0, LENGTH - length))
 
 
-def train_base(world: World, words: Words, work: Path, steps: int) -> Painter:
-    """`steps` counts those of the second part."""
+def train_base(world: World, words: Words, work: Path, steps: int, more: int) -> Painter:
+    """`steps` counts those of the second part, `more` those of the last."""
     torch.manual_seed(0)
     painter = Painter(len(words.ids))
     first = Plan(min(SHAPES, steps), horizon=1500, rate=2e-3)
@@ -77,21 +74,31 @@ def train_base(world: World, words: Words, work: Path, steps: int) -> Painter:
     torch.manual_seed(1)
     painter.requires_grad_(True).forget_words(1.0)
     second = Plan(steps, rate=1e-3, warmup=200, slower={"text": 0.4}, seed=1)
-    return train(painter, flow_loss(painter, world, words, "words", 16, 0.5), second, work / "base")
+    painter = train(painter, flow_loss(painter, world, words, "words", 16, 0.5), second, work / "base")
+    painter.requires_grad_(True)
+    last = Plan(more, rate=7e-4, warmup=100, seed=2)
+    return train(painter, flow_loss(painter, world, words, "told", 16, 0.5, 0.9), last, work / "told")
 
 
-def flow_loss(painter: Painter, world: World, words: Words, name: str, batch: int, lateness: float) -> Loss:
-    """Loss of a step: the error of the velocity at noises around sigmoid(lateness)."""
+def flow_loss(
+    painter: Painter, world: World, words: Words, name: str, batch: int, lateness: float, told: float = 0.3
+) -> Loss:
+    """Loss of a step: the error of the velocity at noises around sigmoid(lateness), in bf16.
+
+    told   how often a caption tells each attribute of somebody
+    """
 
     def loss(step: int, chance: torch.Generator) -> Tensor:
         rng = Random(f"{name} {step}")
-        scenes = [world.scene(rng) for _ in range(batch)]
+        scenes = [world.scene(rng, told=told) for _ in range(batch)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption for scene in scenes]
-        rows, text = words.batch([words(caption, rng) for caption in captions])
         clean = clean_latents([scene.picture for scene in scenes])
         sigma = torch.sigmoid(torch.randn(batch, generator=chance) + lateness)
         noise = torch.randn(clean.shape, generator=chance)
-        velocity = painter(clean.lerp(noise, sigma.view(-1, 1, 1, 1)), sigma, rows, text)
-        return (velocity - (noise - clean)).square().mean()
+        noisy = clean.lerp(noise, sigma.view(-1, 1, 1, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = painter.encode(*words.batch([words(caption, rng) for caption in captions]))
+            velocity = painter.unet(noisy, sigma * 1000, context=states)
+        return (velocity.float() - (noise - clean)).square().mean()
 
     return loss

@@ -1,4 +1,4 @@
-"""A small model to come with the pack, built of the host's own classes: MODEL, CLIP, VAE, CLIP_VISION.
+"""The small model that comes with the pack, built of the host's own classes: MODEL, CLIP, VAE, CLIP_VISION.
 
 It draws cartoon people and pets at 64 x 64 pixels. `studio/` in the repository trains it and writes its weights.
 """

@@ -21,6 +21,7 @@ from scripts.locales import main_texts, node_texts, read
 ROOT = Path(__file__).parents[2]
 
 PROMISES = {
+    "NestedAttentionLoadStudio": ("", "MODEL CLIP VAE CLIP_VISION"),
     "NestedAttentionLoadAdapter": ("adapter_name feature_layer norm", "NESTED_ADAPTER"),
     "NestedAttentionEncodeSubject": ("adapter clip_vision image fit images mask", "NESTED_SUBJECT IMAGE"),
     "NestedAttentionApplySubject": (
@@ -123,8 +124,13 @@ def test_chinese_has_every_text(name):
 
 def test_folders_of_extra_model_paths_stay(pack):
     paths, extensions = folder_paths.folder_names_and_paths["nested_attention"]
-    assert [Path(p).name for p in paths] == ["mine", "nested_attention"]
+    assert [Path(p).name for p in paths] == ["mine", "nested_attention", "adapters"]  # the last are the pack's own
     assert ".safetensors" in extensions and ".ckpt" not in extensions and ".pkl" not in extensions
+
+
+def test_the_adapters_of_the_small_model_are_in_the_list(pack):
+    options = pack["NestedAttentionLoadAdapter"].define_schema().inputs[0].options
+    assert {"studio_person.safetensors", "studio_pet.safetensors"} <= set(options)
 
 
 def test_no_file_says_where_to_put_one(pack):

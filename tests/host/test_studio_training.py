@@ -11,7 +11,19 @@ import torch
 
 from nested_attention.files import load_adapter
 from nested_attention.host.studio import load_studio
-from studio import adapters, evidence, export, judge, pictures, rivals, scenes, train_base, train_vision, words
+from studio import (
+    adapters,
+    evidence,
+    export,
+    judge,
+    pictures,
+    rivals,
+    scenes,
+    train_base,
+    train_vision,
+    warm_start,
+    words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,7 @@ def vocabulary(world):
 @pytest.fixture(scope="module")
 def weights(world, work, vocabulary):
     """The base model and the image encoder after two steps."""
-    painter = train_base.train_base(world, vocabulary, work, 2)
+    painter = train_base.train_base(world, vocabulary, work, 2, 2)
     namer = train_vision.train_vision(world, work, 2)
     export.export(painter, namer, vocabulary, work / "weights", {})
     return painter, work / "weights"
@@ -61,6 +73,14 @@ def test_the_host_encodes_text_as_the_training_did(weights, vocabulary):
     torch.testing.assert_close(states, expected, rtol=0.02, atol=0.02)  # weights in half precision
 
 
+def test_a_warm_start_comes_closer_to_what_a_caption_says(world, work, weights):
+    base = load_studio(weights[1])
+    config = adapters.settings("people", work, work, 2)
+    warm_start.warm_start(world, base, "people", config, work / "warm", 60)
+    found = [line["loss"] for line in losses(work / "warm")]
+    assert found[-1] < 0.5 * found[0]
+
+
 def test_an_unknown_word_is_one_known_vector(weights):
     clip = load_studio(weights[1]).clip
     zebra, tulip = (clip.encode_from_tokens_scheduled(clip.tokenize(t))[0][0] for t in ("a zebra", "a tulip"))
@@ -78,7 +98,7 @@ def test_pixels_survive_the_vae(weights):
 def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
     """What is finished is read, not trained again."""
     before = losses(work / "base")
-    painter = train_base.train_base(world, vocabulary, work, 2)
+    painter = train_base.train_base(world, vocabulary, work, 2, 2)
     assert losses(work / "base") == before
     assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
 
@@ -94,9 +114,9 @@ def test_pairs_are_of_one_subject_in_two_views(world, tmp_path, kind):
 def test_evidence_from_a_few_steps(world, work, weights):
     """All methods train, draw and are scored; an interrupted run draws nothing twice."""
     base = load_studio(weights[1])
-    own = adapters.train_adapter(world, base, "people", work, 2, batch=2)
+    own = adapters.train_adapter(world, base, "people", work, 2, 2, batch=2)
     other = adapters.train_adapter(
-        world, base, "people", work, 2, name="decoupled", batch=2, objective=rivals.DecoupledObjective
+        world, base, "people", work, 2, 2, name="decoupled", batch=2, objective=rivals.DecoupledObjective
     )
     assert not all(
         torch.equal(a, b) for a, b in zip(load_adapter(own).parameters(), load_adapter(other).parameters(), strict=True)
@@ -124,7 +144,7 @@ def test_methods_change_the_picture_and_no_strength_does_not(world, work, weight
 
 def test_two_subjects_are_drawn_and_scored(world, work, weights):
     base = load_studio(weights[1])
-    files = [adapters.train_adapter(world, base, kind, work, 2, batch=2) for kind in adapters.CLASSES]
+    files = [adapters.train_adapter(world, base, kind, work, 2, 2, batch=2) for kind in adapters.CLASSES]
     [case] = evidence.cases(world, 1, 0, kinds=("people", "animals"), photos=2)
     assert "<person>" in case.prompt and "<pet>" in case.prompt
     method = evidence.nested(*files, choices={"animals": {"competition": 2.0}})

@@ -1,0 +1,73 @@
+"""Where the adapters of the small model start: nested tokens that say of a photo what the words of a caption would.
+
+The Q-Former learns to give, for a photo, the text states of a description of the same one, each at a token of its own.
+That needs no UNet and costs next to nothing. As W_Kn and W_Vn start from the layer's own to_k and to_v, the subject's
+word then looks its value up among those words; training through the UNet adds what words do not tell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from nested_attention.adapter import NestedAdapter
+from nested_attention.host.base import Base, fresh_adapter
+from nested_attention.host.images import features, fit
+from nested_attention.training.config import TrainingConfig
+
+from .loop import Plan, train
+from .pictures import VIEWS
+from .scenes import World, as_pixels
+
+BATCH = 32
+WIDTH = 4  # tokens for each attribute
+
+
+def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, folder: Path, steps: int) -> NestedAdapter:
+    """A fresh adapter whose Q-Former has learned so."""
+    with base.frozen():
+        adapter = fresh_adapter(config, base)
+        states = described(world, base, kind, config.class_word, config.queries)
+
+        def loss(step: int, chance: torch.Generator) -> Tensor:
+            rng = Random(f"warm start {kind} {step}")
+            chosen = [rng.choice(world.casts[kind].trained()) for _ in range(BATCH)]
+            photos = as_pixels([world.portrait(kind, number, rng.randrange(VIEWS), rng) for number in chosen])
+            with torch.no_grad():
+                seen = fit(rearrange(photos, "b c h w -> b h w c"), base.clip_vision.image_size, config.fit)
+                found = features(base.clip_vision, seen, adapter.config)
+            return F.mse_loss(adapter.resampler(found.clone()), states[chosen])
+
+        adapter.resampler = train(adapter.resampler, loss, Plan(steps, rate=2e-3, warmup=50, ema=0.99), folder)
+    return adapter
+
+
+@torch.no_grad()
+def described(world: World, base: Base, kind: str, noun: str, queries: int) -> Tensor:
+    """Text states [identities, queries, C] that the nested tokens of each identity start as.
+
+    WIDTH of them are each attribute's words, all others the noun; a single one is the mean of those.
+    """
+    cast, rows = world.casts[kind], []
+    for number in cast.trained():
+        identity = cast.identities[number]
+        told = [key for key in cast.module.TOLD if identity[key] not in ("", "plain")]
+        phrases = cast.module.describe(identity, Random(0), 1.0)
+        phrases += [identity["kind"]] if kind == "animals" else []
+        states = base.clip.encode_from_tokens(base.clip.tokenize(f"a {' '.join(phrases)} {noun}"))[0].float()
+        column, places = 2, {}  # after START and 'a'
+        for key, phrase in zip(told, phrases, strict=True):
+            length = len(base.clip.tokenizer.clip_l.tokenizer.tokenize(phrase))
+            places[key] = [column + min(i, length - 1) for i in range(WIDTH)]
+            column += length
+        columns = [c for key in cast.module.TOLD for c in places.get(key, [column] * WIDTH)]
+        if queries == 1:
+            rows.append(states[columns].mean(0, keepdim=True))
+        else:
+            rows.append(states[(columns + [column] * queries)[:queries]])
+    return torch.stack(rows)

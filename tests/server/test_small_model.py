@@ -1,0 +1,60 @@
+"""The workflows of the small model, run as they are: trained weights, real pictures."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import SMALL, change, ids, pixels_of
+
+
+@pytest.fixture(scope="module")
+def quickstart(studio):
+    """Its prompt, and what it draws."""
+    prompt = studio.prompt("quickstart")
+    return prompt, [pixels_of(png) for png in studio.client.run(prompt)]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "quickstart"])
+def test_it_runs_and_saves_pictures_with_something_in_them(studio, name):
+    prompt = studio.prompt(name)
+    pictures = [pixels_of(png) for png in studio.client.run(prompt)]
+    assert len(pictures) == len(ids(prompt, "SaveImage"))
+    assert all(picture.std() > 10 for picture in pictures)
+
+
+def test_the_subject_is_drawn_and_its_word_alone_is_not(studio, quickstart):
+    prompt, drawn = quickstart
+    assert len(drawn) == 3
+    for number in range(len(ids(prompt, "NestedAttentionApplySubject"))):
+        change(prompt, "NestedAttentionApplySubject", number, strength=0.0)
+    plain = [pixels_of(png) for png in studio.client.run(prompt)]
+    assert all(difference(a, b) > 3 for a, b in zip(drawn, plain, strict=True))
+
+
+def test_another_photo_is_another_person(studio, quickstart):
+    prompt, drawn = quickstart
+    for number in range(len(ids(prompt, "NestedAttentionApplySubject"))):
+        change(prompt, "NestedAttentionApplySubject", number, strength=1.0)
+    photo = prompt[ids(prompt, "LoadImage")[0]]["inputs"]["image"]
+    change(prompt, "LoadImage", image="studio_person_2.png")
+    other = [pixels_of(png) for png in studio.client.run(prompt)]
+    assert all(difference(a, b) > 3 for a, b in zip(drawn, other, strict=True))
+    change(prompt, "LoadImage", image=photo)
+    again = [pixels_of(png) for png in studio.client.run(prompt)]
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
+
+
+def test_a_picture_carries_its_workflow(studio, quickstart):
+    """So that it can be dropped on the canvas."""
+    prompt, _ = quickstart
+    change(prompt, "KSampler", seed=5)
+    png = studio.client.run(prompt)[0]
+    assert "NestedAttentionApplySubject" in Image.open(io.BytesIO(png)).info["prompt"]
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean, of 0 to 255."""
+    return float(np.abs(a.astype(float) - b).mean())
