@@ -24,15 +24,17 @@ LOG_TAIL_LINES = 40
 
 
 @contextmanager
-def running_server(host: Host, extra_args: Sequence[str] = (), log_path: Path | None = None) -> Iterator[Client]:
-    """Run a server for the length of a with block and give a client for it.
+def running_server(
+    host: Host, extra_args: Sequence[str] = (), log_path: Path | None = None, folder: Path | None = None
+) -> Iterator[Client]:
+    """Run a server for the length of a with block and give a client for it. It works in `folder`, or in ComfyUI's own.
 
     Several servers can run at once: each has its own port, temporary folder and in-memory database.
     """
     log_path = log_path or host.base / "user" / "server.log"
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="comfyui-") as temporary, log_path.open("wb") as log:
-        process = _start([*_command(host, port, temporary), *extra_args], host.comfyui, log)
+        process = _start([*_command(host, port, temporary), *extra_args], folder or host.comfyui, log)
         try:
             client = Client(f"http://127.0.0.1:{port}")
             _wait_until_answering(client, process, log_path)

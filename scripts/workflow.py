@@ -109,6 +109,11 @@ def _widget_inputs(node: Node, info: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
+def widget_names(info: dict[str, Any]) -> list[str]:
+    """A node class's inputs that have a widget, in the order in which their values are saved."""
+    return [name for name, _ in _widgets(info)]
+
+
 def _widgets(info: dict[str, Any]) -> Iterator[tuple[str, list]]:
     """The inputs that have a widget, in the order in which the front end draws and saves them."""
     for group in ("required", "optional"):

@@ -1,0 +1,70 @@
+"""What a user does with the quickstart workflow: photo, Run, another value, Run again, a mistake."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect
+from served import STEPS, WORKFLOWS, pixels_of
+
+from scripts.environment import ROOT
+from scripts.workflow import read_graph
+
+GRAPH = read_graph(WORKFLOWS["quickstart"])
+NODES = GRAPH["nodes"]
+
+
+def first(kind: str) -> int:
+    return next(node["id"] for node in NODES if node["type"] == kind)
+
+
+PHOTO, APPLY, SAVE = first("LoadImage"), first("NestedAttentionApplySubject"), first("SaveImage")
+
+
+@pytest.fixture
+def quickstart(canvas, tmp_path):
+    """The workflow with few steps, opened afresh."""
+    graph = copy.deepcopy(GRAPH)
+    for node in graph["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][2] = STEPS
+    path = tmp_path / "quickstart.json"
+    path.write_text(json.dumps(graph))
+    canvas.open(path)
+    return canvas
+
+
+def shown(canvas, node_id: int) -> np.ndarray:
+    return pixels_of(canvas.page.request.get(canvas.picture(node_id)).body())
+
+
+def test_a_photo_uploads(quickstart, tmp_path):
+    photo = tmp_path / "somebody else.png"
+    shutil.copy(ROOT / "assets" / "studio_person_2.png", photo)
+    quickstart.upload(PHOTO, photo)
+    expect(quickstart.node(PHOTO)).to_contain_text(photo.stem)
+    expect(quickstart.node(PHOTO).get_by_test_id("main-image")).to_have_attribute("src", re.compile("somebody"))
+    assert np.array_equal(shown(quickstart, PHOTO), pixels_of(photo.read_bytes()))
+
+
+def test_run_shows_the_picture_and_strength_changes_it(quickstart):
+    quickstart.run()
+    with_subject, address = shown(quickstart, SAVE), quickstart.picture(SAVE)
+    quickstart.set(APPLY, "strength", 0)
+    quickstart.run()
+    expect(quickstart.node(SAVE).get_by_test_id("main-image")).not_to_have_js_property("src", address)
+    assert not np.array_equal(shown(quickstart, SAVE), with_subject)
+
+
+def test_a_mistake_shows_at_its_node(quickstart):
+    quickstart.set(APPLY, "class_word", "fire truck")
+    quickstart.run()
+    page = quickstart.page
+    page.get_by_test_id("error-overlay-see-errors").click()
+    expect(page.get_by_text("'fire truck' is 2 ('fire' + 'truck')").first).to_be_visible()
+    assert quickstart.failed() == APPLY
