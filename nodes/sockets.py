@@ -40,8 +40,9 @@ def full_path(folder: str, name: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         places = " or ".join(place for place in folder_paths.get_folder_paths(folder) if place != SHIPPED)
-        missing = "There is no file yet" if name == none_found(folder) else f"There is no file '{name}'"
-        raise ValueError(f"{missing}. Put it into {places}, then press R to refresh the list.")
+        if name == none_found(folder):
+            raise ValueError(f"There is no file yet. Put one into {places}, then press R to refresh the list.")
+        raise ValueError(f"There is no file '{name}'. Put it into {places}, then press R to refresh the list.")
     return path
 
 

@@ -106,7 +106,7 @@ def test_loading_the_line_that_stands_for_no_subject_says_where_to_put_one(awkwa
     prompt = awkward.quickstart()
     load = {"class_type": "NestedAttentionLoadSubject", "inputs": {"subject_name": none}}
     change(prompt, "NestedAttentionApplySubject", subject=["1000", 0])
-    with pytest.raises(NodeError, match=r"Put it into .*nested_attention_subjects"):
+    with pytest.raises(NodeError, match=r"Put one into .*nested_attention_subjects"):
         awkward.client.run({**prompt, "1000": load})
 
 
