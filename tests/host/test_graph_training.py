@@ -24,7 +24,8 @@ from nested_attention.training.pictures import read_picture
 
 
 @pytest.fixture(autouse=True)
-def as_the_host_runs_nodes():
+def as_the_host_runs_nodes(monkeypatch):
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)  # or fast steps go unseen
     with torch.inference_mode():
         yield
     interrupt_current_processing(False)
