@@ -114,7 +114,7 @@ class DiffusionObjective:
         sigma = torch.cat([self.draw_sigma(s) for s in samples]).to(self.device)
         noise = [torch.randn(clean[:1].shape, generator=s.row.generator("noise")) for s in samples]
         noisy = self.sampling.noise_scaling(sigma, torch.cat(noise).to(self.device), clean)
-        seen = torch.cat([self.features(s) for s in samples]).to(self.device, torch.float32)
+        seen = self.features(samples).to(self.device, torch.float32)
         comfy.model_management.load_models_gpu([self.base.model], force_full_load=True)
         return Batch(clean, noisy, sigma, conds, layout, groups, seen)
 
@@ -166,11 +166,12 @@ class DiffusionObjective:
         sigmas = self.sampling.sigmas
         return sigmas[torch.randint(len(sigmas), (1,), generator=sample.row.generator("time")).to(sigmas.device)]
 
-    def features(self, sample: Sample) -> Tensor:
-        """[1, I, image_dim] of the crop as Encode Subject makes it; zeros for nobody in particular."""
-        crop = fit(as_rgb(sample.crop), self.base.clip_vision.image_size, self.config.fit)
-        found = features(self.base.clip_vision, crop, self.adapter.config)
-        return found if sample.subject else torch.zeros_like(found)
+    def features(self, samples: Sequence[Sample]) -> Tensor:
+        """[B, I, image_dim] of the crops as Encode Subject makes them; zeros for nobody in particular."""
+        side = self.base.clip_vision.image_size
+        crops = torch.cat([fit(as_rgb(s.crop), side, self.config.fit) for s in samples])
+        found = features(self.base.clip_vision, crops, self.adapter.config)
+        return found * torch.tensor([s.subject for s in samples], device=found.device).view(-1, 1, 1)
 
     def denoise(self, batch: Batch, pairs: Pairs) -> Tensor:
         """The clean latents that the personalised UNet predicts, [B, C, h, w]."""

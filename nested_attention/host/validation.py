@@ -60,7 +60,7 @@ class Validation:
         """One picture [1, H, W, 3] of the subject shown, through Apply Subject and the host's sampler."""
         base, size = self.objective.base, self.shown.row.bucket
         loaded = self.in_host(adapter)
-        tokens = nested_tokens(loaded, self.objective.features(self.shown))
+        tokens = nested_tokens(loaded, self.objective.features([self.shown]))
         bound = BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
         model, clip = apply_subject(base.model, base.clip, bound, placeholder=self.config.placeholder)
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
