@@ -132,7 +132,9 @@ class InspectAttention(io.ComfyNode):
             clip_vision=clip_vision,
         )
         sheet = inspection.draw(view)
-        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
+        # The picture goes along for web/points.js, where points are picked.
+        shown = {"generated": ui.PreviewImage(inspection.picture[None], cls=cls).as_dict()["images"]}
+        return io.NodeOutput(sheet, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), **shown})
 
 
 NODES = [RecordAttention, InspectAttention]

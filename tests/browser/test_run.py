@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import re
 import shutil
 
 import numpy as np
 import pytest
 from playwright.sync_api import expect
-from served import STEPS, WORKFLOWS, pixels_of
+from served import WORKFLOWS, pixels_of, with_few_steps
 
 from scripts.environment import ROOT
 from scripts.workflow import read_graph
@@ -29,13 +27,7 @@ PHOTO, APPLY, SAVE = first("LoadImage"), first("NestedAttentionApplySubject"), f
 @pytest.fixture
 def quickstart(canvas, tmp_path):
     """The workflow with few steps, opened afresh."""
-    graph = copy.deepcopy(GRAPH)
-    for node in graph["nodes"]:
-        if node["type"] == "KSampler":
-            node["widgets_values"][2] = STEPS
-    path = tmp_path / "quickstart.json"
-    path.write_text(json.dumps(graph))
-    canvas.open(path)
+    canvas.open(with_few_steps(WORKFLOWS["quickstart"], tmp_path))
     return canvas
 
 

@@ -1,0 +1,46 @@
+"""Points of Inspect Nested Attention, picked by clicks in the picture that it inspected."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+from served import WORKFLOWS, with_few_steps
+
+from scripts.workflow import read_graph
+
+NODE = next(n["id"] for n in read_graph(WORKFLOWS["inspect"])["nodes"] if n["type"] == "NestedAttentionInspect")
+
+
+@pytest.fixture(scope="module")
+def inspect(canvas, tmp_path_factory):
+    canvas.open(with_few_steps(WORKFLOWS["inspect"], tmp_path_factory.mktemp("workflow")))
+    return canvas
+
+
+def pick(canvas):
+    canvas.node(NODE).get_by_role("button", name="pick points").click()
+    return canvas.page.locator("dialog.nested-attention-points")
+
+
+def test_before_a_run_it_says_what_to_do(inspect):
+    assert pick(inspect).count() == 0
+    expect(inspect.page.get_by_text("Queue the workflow once")).to_be_visible()
+
+
+def test_clicks_become_points(inspect):
+    inspect.run()
+    inspect.picture(NODE)
+    dialog = pick(inspect)
+    picture, marks = dialog.locator("img"), dialog.locator("div button")
+    expect(marks).to_have_count(3)
+    inspect.page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
+    dialog.get_by_text("Clear").click()
+    expect(marks).to_have_count(0)
+    box = picture.bounding_box()
+    for x, y in ((0.25, 0.75), (0.5, 0.1)):
+        picture.click(position={"x": x * box["width"], "y": y * box["height"]})
+    marks.first.click()  # away with it
+    expect(marks).to_have_count(1)
+    dialog.get_by_text("Done").click()
+    x, y = map(float, inspect.widget(NODE, "points").input_value().split(","))
+    assert (x, y) == (pytest.approx(0.5, abs=0.01), pytest.approx(0.1, abs=0.01))
