@@ -29,7 +29,7 @@ COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd46713
 COMFYUI_INSIDE = "/vendor/ComfyUI/"
 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-TOOLS = ("pytest>=8.3,<10", "ruff==0.17.6", "webdataset==1.0.2", "playwright>=1.50,<2")
+TOOLS = ("pytest>=8.3,<10", "ruff==0.17.6", "webdataset==1.0.2", "playwright>=1.50,<2", "matplotlib>=3.9,<4")
 BASE_FOLDERS = ("models", "input", "output", "user", "custom_nodes")
 
 

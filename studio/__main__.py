@@ -1,20 +1,30 @@
 """Makes a small model to ship with the pack: `python -m studio [STAGE ...]`, each of which goes on where it was.
 
-Stages, in order: pictures, vision, base, export, adapters, which make what ships, and judge, rivals, evidence, which
-measure it.
+Stages, in order: pictures, vision, base, export, adapters, which make what ships, and judge, rivals, ablations,
+evidence, which measure it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 700, "base": 3000, "told": 2000, "start": 800, "adapter": 500, "judge": 500}
+STEPS = {"vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "start": 1500, "adapter": 800, "judge": 3000}
+SEEDS = (0, 1)
+PART = 0.25  # of the steps, for the ablations
+CHANGES = {
+    "as it ships": {},
+    "clamp at 2": {"norm": "clamp", "norm_factor": 2.0},
+    "rescale to 2": {"norm": "rescale", "norm_factor": 2.0},
+    "penultimate features": {"feature_layer": "penultimate"},
+    "8 tokens": {"queries": 8},
+}
 
 
 def main() -> None:
@@ -23,7 +33,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of what is made on the way")
     parser.add_argument("--weights", type=Path, default=HERE.parent / "weights", help="folder of what ships")
     parser.add_argument("--steps", type=int, help="of each training, in place of its own number")
-    parser.add_argument("--cases", type=int, default=64, help="pictures for each row of the evidence")
+    parser.add_argument("--cases", type=int, default=48, help="pictures for each row of the evidence")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; all by default")
     given = parser.parse_args()
     find_host()
@@ -33,6 +43,8 @@ def main() -> None:
     args.cpu = True  # it is small enough
     if given.threads:
         torch.set_num_threads(given.threads)
+    if "RANK" in os.environ:  # started by torchrun
+        torch.distributed.init_process_group("gloo")
     for stage in given.stages:
         print(f"== {stage}", flush=True)
         STAGES[stage](given)
@@ -67,7 +79,7 @@ def base(given: argparse.Namespace):
 
     scenes = world(given)
     words = Words(scenes)
-    return train_base(scenes, words, given.work, steps(given, "base"), steps(given, "told")), words
+    return train_base(scenes, words, given.work, *(steps(given, part) for part in ("base", "told", "fine"))), words
 
 
 def export(given: argparse.Namespace) -> None:
@@ -78,7 +90,7 @@ def export(given: argparse.Namespace) -> None:
     notes = {
         "command": "python -m studio",
         "seed": 0,
-        "steps": {k: steps(given, k) for k in ("vision", "base", "told")},
+        "steps": {k: steps(given, k) for k in ("vision", "base", "told", "fine")},
     }
     export(painter, vision(given), words, given.weights, notes)
 
@@ -104,61 +116,61 @@ def judge(given: argparse.Namespace):
     return train_judge(world(given), given.work, steps(given, "judge"))
 
 
-def rivals(given: argparse.Namespace) -> dict[str, Path]:
-    """The other ways to personalize, trained as the shipped adapter was."""
+def trained(given: argparse.Namespace, name: str, part: float = 1.0, **changes: object) -> Path:
+    """An adapter for people that does not ship, trained as the one that does but for `changes`."""
     from nested_attention.host.studio import load_studio
 
     from .adapters import train_adapter
+
+    long, before = round(part * steps(given, "adapter")), steps(given, "start")
+    return train_adapter(
+        world(given), load_studio(given.weights), "people", given.work, long, before, name=name, **changes
+    )
+
+
+def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
+    """The other ways to personalize, and each way once more from another seed."""
     from .rivals import DecoupledObjective
 
-    how = {"person": {}, "decoupled": {"objective": DecoupledObjective}, "single": {"queries": 1}}
+    ways = {"person": {}, "decoupled": {"objective": DecoupledObjective}, "single": {"queries": 1}}
     return {
-        name: train_adapter(
-            world(given),
-            load_studio(given.weights),
-            "people",
-            given.work,
-            steps(given, "adapter"),
-            steps(given, "start"),
-            name=name,
-            **changes,
-        )
-        for name, changes in how.items()
+        (way, seed): trained(given, f"{way}-{seed}" if seed else way, seed=seed, **changes)
+        for seed in SEEDS
+        for way, changes in ways.items()
     }
+
+
+def ablations(given: argparse.Namespace) -> dict[str, Path]:
+    """One choice changed in each, all trained for a part of the steps."""
+    return {name: trained(given, name.replace(" ", "-"), PART, **changes) for name, changes in CHANGES.items()}
 
 
 def evidence(given: argparse.Namespace) -> None:
     from nested_attention.host.studio import load_studio
 
-    from . import evidence
+    from .compare import PEOPLE, Comparison
+    from .evidence import cases
+    from .inside import inside
     from .report import report
 
-    files = rivals(given)
-    methods = {
-        "none": evidence.nobody,
-        "nested": evidence.nested(files["person"]),
-        "single": evidence.nested(files["single"]),
-        "decoupled": evidence.decoupled(files["decoupled"]),
-    }
-    pet = given.weights / "adapters" / "studio_pet.safetensors"
-    pairs = {
-        "none": evidence.nobody,
-        "nested": evidence.nested(files["person"], pet),
-        "competition": evidence.nested(files["person"], pet, competition=2.0),
-    }
-    scenes, base, seer, results = world(given), load_studio(given.weights), judge(given), HERE / "results"
+    files, results, docs = rivals(given), HERE / "results", HERE.parent / "docs"
     results.mkdir(exist_ok=True)
-    one, two = (evidence.cases(scenes, given.cases, 0, kinds) for kinds in (("people",), ("people", "animals")))
-    evidence.run(scenes, base, seer, methods, one, results / "people-seed-0.json")
-    evidence.run(scenes, base, seer, pairs, two, results / "pairs-seed-0.json", strengths=(1.0,))
-    settings = (
-        f"All methods were trained for {steps(given, 'adapter')} steps of 16 on the same pairs from seed 0, after a "
-        f"warm start of {steps(given, 'start')} steps of the Q-Former, the same for each number of tokens."
-    )
-    print(report(results, HERE.parent / "docs", settings))
+    compare = Comparison(world(given), load_studio(given.weights), judge(given), results, docs, given.cases)
+    for seed in SEEDS:
+        compare.people(seed, {way: path for (way, s), path in files.items() if s == seed})
+    person, pet = files["person", 0], given.weights / "adapters" / "studio_pet.safetensors"
+    compare.pets(pet)
+    compare.pairs(person, pet)
+    compare.training(ablations(given))
+    compare.drawing(person)
+    tops = inside(compare.base, person, cases(compare.world, 8, 0, PEOPLE), docs / "inside.png")
+    (results / "concentration.json").write_text(json.dumps(tops))
+    print(report(results, docs, {name: steps(given, name) for name in STEPS}, PART))
 
 
-STAGES = {stage.__name__: stage for stage in (pictures, vision, base, export, adapters, judge, rivals, evidence)}
+STAGES = {
+    stage.__name__: stage for stage in (pictures, vision, base, export, adapters, judge, rivals, ablations, evidence)
+}
 
 if __name__ == "__main__":
     main()

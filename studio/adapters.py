@@ -57,7 +57,7 @@ def settings(kind: str, data: Path, output: Path, steps: int, **changes: object)
     values = {
         "data": str(data), "output": str(output), "class_word": CLASSES[kind], "resolution": 64, "buckets": False,
         "queries": 32, "dim": 160, "depth": 3, "dim_head": 32, "ff_mult": 2, "steps": steps, "batch": 16,
-        "learning_rate": 5e-4, "warmup": 50, "norm": "clamp", "norm_factor": 6.0, "ema": 0.995, "precision": "fp32",
+        "learning_rate": 2e-3, "qformer_rate": 0.05, "warmup": 50, "norm": "off", "ema": 0.995, "precision": "fp32",
         "gradient_checkpointing": False, "cache": "memory", "augment": 0.5, "log_every": 20,
         "checkpoint_every": 100, "validate_every": 10**6,
     }  # fmt: skip
@@ -78,12 +78,13 @@ def train_adapter(
 ) -> Path:
     """The adapter's file; goes on from a checkpoint in its folder, which has its name, or that of the class.
 
-    before   steps of its warm start
+    before   steps of its warm start, which those share that have the same Q-Former and image features
     """
     output = work / "adapters" / (name or CLASSES[kind])
     data = make_pairs(world, kind, work / "pairs" / kind)
     if not (output / ADAPTER).exists():
         config = settings(kind, data, output, steps, **changes)
-        start = warm_start(world, base, kind, config, work / "starts" / f"{kind}-{config.queries}", before)
+        start_folder = work / "starts" / f"{kind}-{config.queries}-{config.feature_layer}"
+        start = warm_start(world, base, kind, config, start_folder, before)
         train(config, base, start=start, objective=objective)
     return output / ADAPTER

@@ -7,6 +7,7 @@ that tables and plots can be made again without drawing anything.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from .rivals import apply_decoupled
 from .scenes import World, as_pixels
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.5, "euler", "simple"
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5)
+STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+WITHOUT_STRENGTH = ("none", "told")
 CANDIDATES = 50
 ATTRIBUTES = {"people": people, "animals": animals}
 PLACEHOLDERS = {"people": "<person>", "animals": "<pet>"}
@@ -59,6 +61,7 @@ def cases(world: World, count: int, seed: int, kinds: Sequence[str] = ("people",
         place = rng.choice(list(places.NAMES))
         phrases = [PHRASES[k].format(PLACEHOLDERS[k], **wanted[k]) for k in kinds]
         prompt = f"{' and '.join(phrases)} {places.NAMES[place]}".replace(" wearing a  ", " ")
+        prompt = re.sub(r"\ba (?=[aeiou])", "an ", prompt)
         tensors = {k: torch.from_numpy(np.stack(v)) / 255 for k, v in seen.items()}
         found.append(Case(numbers, tensors, {**wanted, "scene": {"place": place}}, prompt, 1000 * seed + i))
     return found
@@ -68,26 +71,43 @@ PHRASES = {
     "people": "a {expression} {} wearing a {clothes color} {clothes}",
     "animals": "a {mood} {} wearing a {wear color} {wears}",
 }
-Method = Callable[[Base, Case, float], tuple[Any, Any]]
+Method = Callable[[Base, Case, float], tuple[Any, Any, str]]
+"""Of a case and a strength: what to draw with, and the prompt for it."""
 
 
-def nobody(base: Base, case: Case, strength: float) -> tuple[Any, Any]:
+def nobody(base: Base, case: Case, strength: float) -> tuple[Any, Any, str]:
     """The base model, for which a placeholder is its class word."""
-    return base.model, base.clip
+    return base.model, base.clip, case.prompt.replace("<", "").replace(">", "")
+
+
+def told(world: World) -> Method:
+    """The base model, and a prompt that tells in words all that is scored of somebody: the most that it can draw."""
+
+    def method(base: Base, case: Case, strength: float) -> tuple[Any, Any, str]:
+        prompt = case.prompt
+        for kind, number in case.numbers.items():
+            identity = world.casts[kind].identities[number]
+            words = ATTRIBUTES[kind].describe(identity, Random(0), 1.0)
+            noun = PLACEHOLDERS[kind].strip("<>")
+            words += [identity["kind"], noun] if kind == "animals" else [noun]
+            prompt = prompt.replace(PLACEHOLDERS[kind], " ".join(words))
+        return base.model, base.clip, prompt
+
+    return method
 
 
 def nested(*paths: Path, choices: Mapping[str, Mapping[str, Any]] | None = None, **shared: Any) -> Method:
     """One adapter for each kind of a case, in their order; further choices of Apply Subject for all or by kind."""
     adapters = [load_adapter(str(path), path.parent.name) for path in paths]
 
-    def method(base: Base, case: Case, strength: float) -> tuple[Any, Any]:
+    def method(base: Base, case: Case, strength: float) -> tuple[Any, Any, str]:
         model, clip = base.model, base.clip
         for adapter, kind in zip(adapters, case.numbers, strict=False):
             tokens = join_photos(nested_tokens(adapter, see(base, case.photos[kind], adapter)), "concatenate")
             bound = BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
             own = {"placeholder": PLACEHOLDERS[kind], "strength": strength, **shared, **(choices or {}).get(kind, {})}
             model, clip = apply_subject(model, clip, bound, **own)
-        return model, clip
+        return model, clip, case.prompt
 
     return method
 
@@ -95,9 +115,10 @@ def nested(*paths: Path, choices: Mapping[str, Mapping[str, Any]] | None = None,
 def decoupled(path: Path) -> Method:
     adapter = load_adapter(str(path), path.parent.name)
 
-    def method(base: Base, case: Case, strength: float) -> tuple[Any, Any]:
+    def method(base: Base, case: Case, strength: float) -> tuple[Any, Any, str]:
         seen = see(base, case.photos["people"], adapter)
-        return apply_decoupled(base.model, adapter.patcher.model, seen, strength), base.clip
+        model = apply_decoupled(base.model, adapter.patcher.model, seen, strength)
+        return model, *nobody(base, case, strength)[1:]
 
     return method
 
@@ -109,8 +130,7 @@ def see(base: Base, photos: Tensor, adapter: Any) -> Tensor:
 @torch.inference_mode()
 def draw(base: Base, method: Method, case: Case, strength: float = 1.0) -> Tensor:
     """A picture [3, 64, 64] in 0..1, by the host's sampler."""
-    model, clip = method(base, case, strength)
-    prompt = case.prompt if clip is not base.clip else case.prompt.replace("<", "").replace(">", "")
+    model, clip, prompt = method(base, case, strength)
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
     latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, 32)
     settings = (STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent)
@@ -186,7 +206,7 @@ def run(
     if "ceiling" not in found:
         found["ceiling"] = {"1.0": ceiling(world, judge, 4 * len(chosen), list(chosen[0].numbers))}
     for name, method in methods.items():
-        for strength in (1.0,) if name == "none" else strengths:
+        for strength in (1.0,) if name in WITHOUT_STRENGTH else strengths:
             if str(strength) in found.setdefault(name, {}):
                 continue
             pictures = torch.stack([draw(base, method, case, strength) for case in chosen])

@@ -35,7 +35,9 @@ class Judge(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
         """Log-probabilities of each value of each attribute, from pictures [B, 3, 64, 64] in 0..1."""
-        found = self.body(pixels * 2 - 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
+            found = self.body(pixels * 2 - 1)
+        found = found.float()
         return {
             kind: {key: self.heads[f"{kind} {key}"](found).log_softmax(-1) for key in values}
             for kind, values in self.values.items()

@@ -14,8 +14,11 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from comfy.clip_model import CLIPLayer
 from torch import Tensor, nn
+
+from nested_attention.training.trainer import world
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,16 @@ Loss = Callable[[int, torch.Generator], Tensor | dict[str, Tensor]]
 def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Module:
     """Train in place and return the running mean. All chance of a step comes from its own generator.
 
-    loss_of   of the step's number and its random numbers: a loss, or named ones to add up
+    Processes of torchrun each take a batch of a step and average the gradients: two of one thread each are twice as
+    fast as one of two.
+
+    loss_of   of a batch's number and its random numbers: a loss, or named ones to add up
     folder    of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
     """
     folder.mkdir(parents=True, exist_ok=True)
+    rank, processes = world()
     mean = copy.deepcopy(module).requires_grad_(False)
-    parameters = list(module.parameters())
+    parameters = [p for p in module.parameters() if p.requires_grad]
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         factor = next((f for prefix, f in plan.slower.items() if name.startswith(prefix)), 1.0)
@@ -93,9 +100,12 @@ def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Modu
     while step < plan.steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.at(step) * group["factor"]
-        losses = loss_of(step, torch.Generator().manual_seed(plan.seed * 1_000_003 + step))
+        batch = step * processes + rank
+        losses = loss_of(batch, torch.Generator().manual_seed(plan.seed * 1_000_003 + batch))
         losses = losses if isinstance(losses, dict) else {"loss": losses}
         sum(losses.values()).backward()
+        if processes > 1:
+            average_gradients(parameters, processes)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -104,14 +114,22 @@ def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Modu
         with torch.no_grad():
             for average, now in zip(mean.parameters(), module.parameters(), strict=True):
                 average.lerp_(now, 1 - keep)
-        if step % 20 == 0 or step == plan.steps:
+        if rank == 0 and (step % 20 == 0 or step == plan.steps):
             numbers = {name: round(value.item(), 5) for name, value in losses.items()}
             line = {"step": step, **numbers, "seconds_a_step": round((time.monotonic() - since) / (step - first), 3)}
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             print(line, flush=True)
-        if step % plan.save_every == 0 or step == plan.steps:
+        if rank == 0 and (step % plan.save_every == 0 or step == plan.steps):
             parts = {"module": module, "mean": mean, "optimizer": optimizer}
             torch.save({"step": step, **{k: v.state_dict() for k, v in parts.items()}}, state_file.with_suffix(".part"))
             os.replace(state_file.with_suffix(".part"), state_file)
     return mean
+
+
+def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joined = torch.cat([g.flatten() for g in gradients]) / processes
+    dist.all_reduce(joined)
+    for gradient, part in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

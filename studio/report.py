@@ -5,30 +5,43 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .evidence import summary
+from .evidence import WITHOUT_STRENGTH, summary
 
 NAMES = {
     "none": "no personalization",
+    "told": "told in words",
     "nested": "nested attention",
     "decoupled": "decoupled cross-attention",
     "single": "single token",
-    "competition": "nested attention, competition 2",
     "ceiling": "real pictures",
 }
 COLORS = {"nested": "#d6336c", "decoupled": "#1c7ed6", "single": "#f08c00"}
+SCORES = {"identity": "identity", "retrieved": "found among 50", "prompt": "prompt"}
+EACH = {"identity of people": "identity, person", "identity of animals": "identity, pet", "prompt": "prompt"}
 
 
 Pooled = dict[str, dict[str, list[dict[str, float]]]]
 
 
-def report(results: Path, docs: Path, settings: str) -> Path:
-    """docs/evidence.md and its plot, from the score files of one or more seeds in `results`."""
-    one, two = (pool(sorted(results.glob(f"{name}-*.json"))) for name in ("people", "pairs"))
-    plot(one, docs / "evidence.png")
-    columns = {"identity": "identity", "retrieved": "found among 50", "prompt": "prompt"}
-    each = {"identity of people": "identity, person", "identity of animals": "identity, pet", "prompt": "prompt"}
-    cases = len(next(iter(one["none"].values())))
-    page = PAGE.format(settings=settings, cases=cases, one=table(one, columns), two=table(two, each))
+def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Path:
+    """docs/evidence.md and its plot, from the score files in `results`, of one or more seeds each.
+
+    What a person makes of the numbers is in `results/findings.md`, which becomes the page's beginning.
+    """
+    names = ("people", "pairs", "pets", "training", "drawing", "photos")
+    found = {name: pool(sorted(results.glob(f"{name}-seed-*.json"))) for name in names}
+    plot(found["people"], docs / "evidence.png")
+    tables = {name: table(found[name], EACH if name == "pairs" else SCORES) for name in names}
+    findings, tops = results / "findings.md", json.loads((results / "concentration.json").read_text())
+    page = PAGE.format(
+        **tables,
+        findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
+        rows=len(found["people"]["none"]["1.0"]),
+        cases=len(found["pets"]["none"]["1.0"]),
+        part=round(part * steps["adapter"]),
+        concentration=concentration(tops),
+        **steps,
+    )
     (docs / "evidence.md").write_text(page, encoding="utf-8")
     return docs / "evidence.md"
 
@@ -45,12 +58,20 @@ def pool(scores: list[Path]) -> Pooled:
 
 def table(pooled: Pooled, columns: dict[str, str]) -> str:
     lines = [f"| method | strength | {' | '.join(columns.values())} |", "| --- " * (len(columns) + 2) + "|"]
-    for method in (name for name in NAMES if name in pooled):
+    for method in sorted(pooled, key=lambda name: [*NAMES].index(name) if name in NAMES else 0):
         for strength, rows in pooled[method].items():
             numbers = summary(rows)
             cells = ["{:.1%} ({:.1%} to {:.1%})".format(*numbers[key]) for key in columns]
-            shown = "" if method in ("none", "ceiling") else strength
-            lines.append(f"| {NAMES[method]} | {shown} | {' | '.join(cells)} |")
+            shown = "" if method in ("ceiling", *WITHOUT_STRENGTH) else strength
+            lines.append(f"| {NAMES.get(method, method)} | {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def concentration(tops: dict[str, list[float]]) -> str:
+    lines = [f"| of all queries | {' | '.join(f'{q:.0%}' for q in tops['quantile'])} |"]
+    lines.append("| --- " * (len(tops["quantile"]) + 1) + "|")
+    for key, name in (("top 1", "the first token has at most"), ("top 2", "the first two have at most")):
+        lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in tops[key])} |")
     return "\n".join(lines)
 
 
@@ -67,13 +88,14 @@ def plot(pooled: Pooled, path: Path) -> None:
         axes.plot(x, y, "o-", color=color, label=NAMES[method])
         for (strength, _), a, b in zip(points, x, y, strict=True):
             axes.annotate(f"{strength:g}", (a, b), textcoords="offset points", xytext=(5, 4), fontsize=8, color=color)
-    plain = summary(pooled["none"]["1.0"])
-    axes.plot(plain["prompt"][0], plain["identity"][0], "kx", label=NAMES["none"])
+    for name, mark in (("none", "kx"), ("told", "k*")):
+        plain = summary(pooled[name]["1.0"])
+        axes.plot(plain["prompt"][0], plain["identity"][0], mark, label=NAMES[name])
     axes.axhline(
         summary(pooled["ceiling"]["1.0"])["identity"][0], color="#868e96", ls=":", label="judge on real pictures"
     )
     axes.set(xlabel="what the prompt asked for that is there", ylabel="identity attributes that are right")
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.2)
     figure.tight_layout()
     figure.savefig(path)
@@ -81,31 +103,77 @@ def plot(pooled: Pooled, path: Path) -> None:
 
 PAGE = """# Evidence
 
-Is it the same person, and does the picture do what the prompt says? Measured with the small model that comes with the
-pack, on people who were in no training. `python -m studio judge rivals evidence` makes this page; the scores behind it
-lie in `studio/results/`.
+Is it the same one, and does the picture do what the prompt says? Measured with the small model that comes with the
+pack, on people and pets who were in no training. `python -m studio judge rivals ablations evidence` makes this page;
+the scores behind it lie in `studio/results/`.
 
-{settings}
+{findings}
 
-- **Identity**: of hair or headgear, its color, skin, glasses and beard, the part that a judge reads off the picture
-  rightly. **Found among 50**: how often the right one of 50 people fits best to what the judge sees. **Prompt**: of
-  expression, clothes, their color and the background, the part that is as the prompt asks.
-- The judge is a network of its own, trained on rendered pictures of other people. What it scores on rendered pictures
-  of the same people that are drawn for ("real pictures") is the ceiling.
-- {cases} pictures for each row; in brackets the 95 % interval of the mean (bootstrap over pictures).
-- *Nested attention* is this pack's node as it ships. *Decoupled cross-attention* is IP-Adapter's way: attention over
-  the same Q-Former's tokens is added to the text's everywhere. *Single token* is one value for the word in each layer,
-  the same at every place.
+## How it is measured
 
-- All start from a Q-Former that has learned to give for a photo the text state of a caption that tells all.
+- **Identity**: of hair or headgear, its color, skin, glasses and beard (of a pet: kind, fur, markings, their color
+  and eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often the right one of 50
+  fits best to what the judge sees. **Prompt**: of expression, clothes, their color and the background, the part that
+  is as asked.
+- The judge is a network of its own, trained for {judge} steps on rendered pictures of those who are trained on. What
+  it scores on rendered pictures of those held out ("real pictures") is the ceiling. "Told in words" is the base model
+  alone, with a prompt that names all that is scored: the most that words can do.
+- All ways were trained for {adapter} steps of 16 on the same pairs, after {start} steps of a warm start in which the
+  Q-Former learns to give for a photo the text states of a caption that tells all; the same one for each number of
+  tokens.
+- In brackets the 95 % interval of the mean (bootstrap over pictures).
 
-{one}
+## One person, against other ways
+
+*Nested attention* is this pack's node as it ships. *Decoupled cross-attention* is IP-Adapter's way: attention over
+the same Q-Former's tokens is added to the text's everywhere. *Single token* is one value for the word in each layer,
+the same at every place. {rows} pictures for each row, half of each of two seeds (of the training and of the
+pictures).
+
+{people}
 
 ![Identity against prompt over the strength](evidence.png)
 
+The first six people:
+
+![Six people, drawn in all ways](people.png)
+
+## One pet
+
+{cases} pictures for each row, like all that follows.
+
+{pets}
+
 ## A person and a pet in one picture
 
-Each scored apart, with one photo of each.
+Each scored apart, with one photo of each; with and without
+competition between the subjects for each place, and a region for each (left, right).
 
-{two}
+{pairs}
+
+![Six pairs, drawn in all ways](pairs.png)
+
+## Choices of training
+
+Each trained for {part} steps, drawn at strength 1.
+
+{training}
+
+## Choices of drawing
+
+The person adapter as it ships.
+
+{drawing}
+{photos}
+
+How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step:
+
+{concentration}
+
+## Inside
+
+One held-out person: where the word is attended, what it looks up at every place against the one value that it would
+be without nesting, which tokens three points look at, and what those looked at in the photo.
+
+![Attention, values, tokens at points, and what they looked at](inside.png)
 """

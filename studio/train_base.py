@@ -2,7 +2,8 @@
 
 First what pictures look like, then what words mean: a text encoder that learns beside a UNet that cannot draw yet
 forgets its words, as all prompts do the same for it. So it begins anew, more slowly, once there are shapes to tell of.
-Last, captions tell nearly all of somebody, so that each word comes to mean what it names.
+Then captions tell nearly all of somebody, so that each word comes to mean what it names. Last, the UNet alone learns to
+draw more finely.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Painter(nn.Module):
         return F.pad(states, (0, 0, 0, LENGTH - length))
 
 
-def train_base(world: World, words: Words, work: Path, steps: int, more: int) -> Painter:
-    """`steps` counts those of the second part, `more` those of the last."""
+def train_base(world: World, words: Words, work: Path, steps: int, more: int, fine: int) -> Painter:
+    """`steps` counts those of the second part, `more` those of the third, `fine` those of the last."""
     torch.manual_seed(0)
     painter = Painter(len(words.ids))
     first = Plan(min(SHAPES, steps), horizon=1500, rate=2e-3)
@@ -76,8 +77,11 @@ def train_base(world: World, words: Words, work: Path, steps: int, more: int) ->
     second = Plan(steps, rate=1e-3, warmup=200, slower={"text": 0.4}, seed=1)
     painter = train(painter, flow_loss(painter, world, words, "words", 16, 0.5), second, work / "base")
     painter.requires_grad_(True)
-    last = Plan(more, rate=7e-4, warmup=100, seed=2)
-    return train(painter, flow_loss(painter, world, words, "told", 16, 0.5, 0.9), last, work / "told")
+    third = Plan(more, rate=7e-4, warmup=100, seed=2)
+    painter = train(painter, flow_loss(painter, world, words, "told", 16, 0.5, 0.9), third, work / "told")
+    painter.unet.requires_grad_(True)
+    last = Plan(fine, rate=1e-3, warmup=100, seed=3)
+    return train(painter, flow_loss(painter, world, words, "fine", 16, 0.2, 0.7), last, work / "fine")
 
 
 def flow_loss(

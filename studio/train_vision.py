@@ -52,7 +52,9 @@ class Namer(nn.Module):
         """`pixels` [B, 3, H, W] in 0..1, as the host hands them to the encoder after its own preprocessing."""
         side, patch = VISION["image_size"], VISION["patch_size"]
         seen = clip_preprocess(rearrange(pixels, "b c h w -> b h w c"), size=side)
-        last, _, pooled, _ = self.vision(pixel_values=seen)
+        with torch.autocast("cpu", torch.bfloat16):
+            last, _, pooled, _ = self.vision(pixel_values=seen)
+        last, pooled = last.float(), pooled.float()
         names = []
         for kind, found in self.values.items():
             rows = [i for i, k in enumerate(kinds) if k == kind]

@@ -51,7 +51,8 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
 def described(world: World, base: Base, kind: str, noun: str, queries: int) -> Tensor:
     """Text states [identities, queries, C] that the nested tokens of each identity start as.
 
-    WIDTH of them are each attribute's words, all others the noun; a single one is the mean of those.
+    WIDTH of them are each attribute's words, or fewer where there are fewer queries, all others the noun; a single one
+    is the mean of those.
     """
     cast, rows = world.casts[kind], []
     for number in cast.trained():
@@ -69,5 +70,6 @@ def described(world: World, base: Base, kind: str, noun: str, queries: int) -> T
         if queries == 1:
             rows.append(states[columns].mean(0, keepdim=True))
         else:
-            rows.append(states[(columns + [column] * queries)[:queries]])
+            told_in = columns[:: max(1, -(-len(columns) // queries))]
+            rows.append(states[(told_in + [column] * queries)[:queries]])
     return torch.stack(rows)

@@ -40,6 +40,7 @@ class TrainingConfig:
     fit, augment       how the subject's crop is made square, as in Encode Subject; strength of its augmentation
     caption_dropout    how often a caption is the placeholder alone
     subject_dropout    how often the image features are zero, so that the adapter also learns nobody in particular
+    qformer_rate       factor on the learning rate for the Q-Former: one that has learned already is soon spoilt
     min_snr_gamma      0: the plain loss in the base model's own target
     precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
     cache              keep latents and text states in memory, or on disk in the output's folder `cache`
@@ -79,6 +80,7 @@ class TrainingConfig:
     batch: int = 1
     accumulation: int = 1
     learning_rate: float = 1e-4
+    qformer_rate: float = 1.0
     weight_decay: float = 0.01
     warmup: int = 500
     clip_norm: float = 1.0

@@ -76,7 +76,11 @@ class Trainer:
         self.project: nn.Module = Projector(adapter)
         if self.processes > 1:
             self.project = nn.parallel.DistributedDataParallel(self.project, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=config.weight_decay)
+        groups = self.groups()
+        self.factors = [factor for factor, _ in groups]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": members} for _, members in groups], config.learning_rate, weight_decay=config.weight_decay
+        )
         self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0
@@ -111,6 +115,14 @@ class Trainer:
                     return False
         return True
 
+    def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Factors on the learning rate, and which parameters they are for."""
+        factor, qformer = self.config.qformer_rate, set(self.adapter.resampler.parameters())
+        if factor == 1:
+            return [(1.0, self.parameters)]
+        rest = [p for p in self.parameters if p not in qformer]
+        return [(1.0, rest), (factor, [p for p in self.parameters if p in qformer])]
+
     @property
     def leads(self) -> bool:
         return self.rank == 0
@@ -130,8 +142,9 @@ class Trainer:
 
     def train_step(self, batches: Iterator[list[Sample]], stop: bool = False) -> tuple[float, bool]:
         """One step of the optimizer. Returns its loss, and whether any process wants to stop."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        rate = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
+            group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
         for i in range(self.config.accumulation):
             last = i == self.config.accumulation - 1

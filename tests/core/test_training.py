@@ -144,6 +144,15 @@ def test_other_settings_are_said_and_another_adapter_is_refused(tmp_path, caplog
         make_trainer(settings(tmp_path)).run()
 
 
+def test_the_qformer_has_a_rate_of_its_own(tmp_path):
+    """At factor 0 it stays as it is, which Adam's steps of one size would not leave it at any small gradient."""
+    trainer = make_trainer(settings(tmp_path, qformer_rate=0.0, weight_decay=0.0))
+    before = {name: value.clone() for name, value in trainer.adapter.state_dict().items()}
+    assert trainer.run()
+    changed = {name for name, value in trainer.adapter.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("layers.") for name in changed), changed
+
+
 def test_a_loss_that_is_no_number_stops(tmp_path):
     trainer = make_trainer(settings(tmp_path))
     trainer.objective = lambda project, samples: project(torch.cat([s.crop for s in samples]))[0][0].sum() * torch.nan

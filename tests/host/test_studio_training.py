@@ -13,10 +13,13 @@ from nested_attention.files import load_adapter
 from nested_attention.host.studio import load_studio
 from studio import (
     adapters,
+    compare,
     evidence,
     export,
+    inside,
     judge,
     pictures,
+    report,
     rivals,
     scenes,
     train_base,
@@ -37,6 +40,8 @@ def world(tmp_path_factory):
         patch.setattr(pictures, "PLACES", 2)
         patch.setattr(evidence, "CANDIDATES", 3)
         patch.setattr(evidence, "STEPS", 2)
+        patch.setattr(evidence, "STRENGTHS", (1.0, 1.5))
+        patch.setattr(compare, "SHOWN", 1)
         yield scenes.World(tmp_path_factory.mktemp("pictures"))
 
 
@@ -53,7 +58,7 @@ def vocabulary(world):
 @pytest.fixture(scope="module")
 def weights(world, work, vocabulary):
     """The base model and the image encoder after two steps."""
-    painter = train_base.train_base(world, vocabulary, work, 2, 2)
+    painter = train_base.train_base(world, vocabulary, work, 2, 2, 2)
     namer = train_vision.train_vision(world, work, 2)
     export.export(painter, namer, vocabulary, work / "weights", {})
     return painter, work / "weights"
@@ -98,7 +103,7 @@ def test_pixels_survive_the_vae(weights):
 def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
     """What is finished is read, not trained again."""
     before = losses(work / "base")
-    painter = train_base.train_base(world, vocabulary, work, 2, 2)
+    painter = train_base.train_base(world, vocabulary, work, 2, 2, 2)
     assert losses(work / "base") == before
     assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
 
@@ -150,6 +155,35 @@ def test_two_subjects_are_drawn_and_scored(world, work, weights):
     method = evidence.nested(*files, choices={"animals": {"competition": 2.0}})
     [row] = evidence.score(world, judge.Judge(), [case], evidence.draw(base, method, case)[None])
     assert row["identity"] == pytest.approx((row["identity of people"] + row["identity of animals"]) / 2)
+
+
+def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
+    """All tables, figures and numbers of docs/evidence.md, from adapters that learned nothing."""
+    base = load_studio(weights[1])
+    files = {kind: adapters.train_adapter(world, base, kind, work, 2, 2, batch=2) for kind in adapters.CLASSES}
+    other = {"name": "decoupled", "objective": rivals.DecoupledObjective}
+    ways = {
+        "person": files["people"],
+        "single": adapters.train_adapter(world, base, "people", work, 2, 2, batch=2, name="single", queries=1),
+        "decoupled": adapters.train_adapter(world, base, "people", work, 2, 2, batch=2, **other),
+    }
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    comparison = compare.Comparison(world, base, judge.Judge().eval(), tmp_path, docs, 1)
+    comparison.people(0, ways)
+    comparison.pets(files["animals"])
+    comparison.pairs(files["people"], files["animals"])
+    comparison.training({"8 tokens": files["people"]})
+    comparison.drawing(files["people"])
+    tops = inside.inside(base, files["people"], evidence.cases(world, 1, 0), docs / "inside.png")
+    assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
+    (tmp_path / "concentration.json").write_text(json.dumps(tops))
+    (tmp_path / "findings.md").write_text("What comes out.")
+    page = report.report(tmp_path, docs, dict.fromkeys(("judge", "adapter", "start"), 100), 0.25).read_text()
+    assert all(row in page for row in ("| decoupled cross-attention | 1.5 |", "| both |", "| three photos | 1.0 |"))
+    assert "What comes out." in page and "for 25 steps" in page
+    for picture in ("evidence", "people", "pairs", "inside"):
+        assert f"({picture}.png)" in page and (docs / f"{picture}.png").exists()
 
 
 def test_scenes_are_the_same_for_the_same_chance(world):
