@@ -27,6 +27,8 @@ def test_help_shows_our_page(opened, kind):
     help = opened.help(NODES[kind])
     expect(help).to_contain_text(title.removeprefix("# "))
     expect(help).to_contain_text(plain(paragraph))
+    picture = help.locator(f"img[src$='{kind}.jpg']")
+    opened.page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
 
 
 def plain(markdown: str) -> str:
