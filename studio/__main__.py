@@ -22,8 +22,6 @@ CHANGES = {
     "as it ships": {},
     "clamp at 2": {"norm": "clamp", "norm_factor": 2.0},
     "rescale to 2": {"norm": "rescale", "norm_factor": 2.0},
-    "penultimate features": {"feature_layer": "penultimate"},
-    "8 tokens": {"queries": 8},
 }
 
 

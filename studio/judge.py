@@ -71,7 +71,7 @@ def train_judge(world: World, work: Path, steps: int) -> Judge:
         targets = judge.targets([truth(world, scene) for scene in scenes])
         return torch.stack([F.nll_loss(seen[k][key][rows], t) for (k, key), (rows, t) in targets.items()]).mean()
 
-    return train(judge, loss, Plan(steps, rate=1e-3, warmup=50, ema=0.99), work / "judge")
+    return train(judge, loss, Plan(steps, rate=1e-3, warmup=50, ema=0.99), work / "judge").eval()
 
 
 def soften(pixels: Tensor, chance: torch.Generator) -> Tensor:

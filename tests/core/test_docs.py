@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "studio" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def messages():
@@ -33,3 +33,12 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_pictures_of_the_help_are_there():
+    """The front end looks for them from web/docs, whatever the language."""
+    help = ROOT / "web" / "docs"
+    named = {
+        name for page in help.rglob("*.md") for name in re.findall(r"!\[[^]]+\]\((.+?)\)", page.read_text("utf-8"))
+    }
+    assert named == {f"images/{path.name}" for path in (help / "images").iterdir()}
