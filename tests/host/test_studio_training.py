@@ -129,6 +129,7 @@ def test_evidence_from_a_few_steps(world, work, weights):
     methods = {"none": evidence.nobody, "nested": evidence.nested(own), "decoupled": evidence.decoupled(other)}
     out = work / "scores.json"
     seer = judge.train_judge(world, work, 2)
+    assert not seer.training  # its dropout would blur every score
     chosen = evidence.cases(world, 2, 0)
     evidence.run(world, base, seer, methods, chosen, out, strengths=(1.0,))
     found = json.loads(out.read_text())
