@@ -164,6 +164,7 @@ Each trained for {part} steps, drawn at strength 1.
 The person adapter as it ships.
 
 {drawing}
+
 {photos}
 
 How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step:
