@@ -115,7 +115,7 @@ def judge(given: argparse.Namespace):
 
 
 def trained(given: argparse.Namespace, name: str, part: float = 1.0, **changes: object) -> Path:
-    """An adapter for people that does not ship, trained as the one that does but for `changes`."""
+    """An adapter for people, trained as the one that ships but for `changes`; without any it is that one."""
     from nested_attention.host.studio import load_studio
 
     from .adapters import train_adapter

@@ -37,7 +37,10 @@ def side(left: float, right: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """count   cases for each row of a table"""
+    """Scores go to `results`, galleries to `docs`.
+
+    count   cases for each row of a table
+    """
 
     world: World
     base: Base

@@ -58,6 +58,7 @@ def pool(scores: list[Path]) -> Pooled:
 
 def table(pooled: Pooled, columns: dict[str, str]) -> str:
     lines = [f"| method | strength | {' | '.join(columns.values())} |", "| --- " * (len(columns) + 2) + "|"]
+    # Those that NAMES does not hold stand at the top, after "none", in their own order.
     for method in sorted(pooled, key=lambda name: [*NAMES].index(name) if name in NAMES else 0):
         for strength, rows in pooled[method].items():
             numbers = summary(rows)
