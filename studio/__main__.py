@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "start": 1500, "adapter": 800, "judge": 3000}
+STEPS = {"vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "start": 1500, "adapter": 1600, "judge": 3000}
 SEEDS = (0, 1)
-PART = 0.25  # of the steps, for the ablations
+PART = 0.125  # of the steps, for the ablations
 CHANGES = {
     "as it ships": {},
-    "clamp at 2": {"norm": "clamp", "norm_factor": 2.0},
-    "rescale to 2": {"norm": "rescale", "norm_factor": 2.0},
+    "values start as the text's": {"value_share": 0.0},
+    "clamp at 2": {"norm": "clamp", "norm_factor": 2.0, "value_share": 0.0},
+    "rescale to 2": {"norm": "rescale", "norm_factor": 2.0, "value_share": 0.0},
+    "rescale to 8": {"norm": "rescale", "norm_factor": 8.0, "value_share": 0.0},
+    "8 tokens": {"queries": 8},
+    "penultimate features": {"feature_layer": "penultimate"},
 }
 
 
@@ -130,7 +135,7 @@ def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
     """The other ways to personalize, and each way once more from another seed."""
     from .rivals import DecoupledObjective
 
-    ways = {"person": {}, "decoupled": {"objective": DecoupledObjective}, "single": {"queries": 1}}
+    ways = {"person": {}, "decoupled": {"objective": DecoupledObjective, "value_share": 0.0}, "single": {"queries": 1}}
     return {
         (way, seed): trained(given, f"{way}-{seed}" if seed else way, seed=seed, **changes)
         for seed in SEEDS
@@ -140,7 +145,7 @@ def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
 
 def ablations(given: argparse.Namespace) -> dict[str, Path]:
     """One choice changed in each, all trained for a part of the steps."""
-    return {name: trained(given, name.replace(" ", "-"), PART, **changes) for name, changes in CHANGES.items()}
+    return {name: trained(given, re.sub(r"\W+", "-", name), PART, **changes) for name, changes in CHANGES.items()}
 
 
 def evidence(given: argparse.Namespace) -> None:

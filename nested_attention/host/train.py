@@ -56,6 +56,8 @@ def train(
     with base.frozen(), checkpointed(unet) if config.gradient_checkpointing else nullcontext():
         loss = objective(base, adapter, config, troubles)
         reader = Reader(entries, config, troubles, world()[1])
+        if config.value_share:
+            loss.enlarge_values([reader(row) for row in reader.plan.rows(0)])
         validate = make_validation(config, loss, entries, kept_apart, troubles)
         told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
         trainer = Trainer(config, adapter, loss, reader, troubles, **told)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,19 @@ from comfy.sampler_helpers import convert_cond
 from torch import Tensor
 
 from ..adapter import NestedAdapter
-from ..attention import split_heads
+from ..attention import NestedToken, split_heads
 from ..training.cache import Cache, Tensors, cache_key
 from ..training.config import TrainingConfig, TrainingError
 from ..training.data import Sample, Troubles
 from ..training.loss import diffusion_loss, loss_weight, snr_of
-from ..training.trainer import Pairs, Project
+from ..training.trainer import Pairs, Project, Projector
 from . import KEY
 from .base import DTYPES, Base, identity
 from .images import as_rgb, features, fit
 from .layers import Site, cross_attention_sites
 from .marks import Placement
 from .patch import OVERRIDE, LayerPatch
-from .rows import Layout, entry_placements, place_tensor, read_layout, with_places
+from .rows import Layout, Rows, entry_placements, place_tensor, read_layout, with_places
 from .text import add_placeholder
 
 
@@ -75,6 +76,18 @@ class Batch:
     layout: Layout
     groups: list[slice]
     features: Tensor
+
+
+@dataclass
+class Attended:
+    """Watches a batch: p_s, the attention to the subject's token, of each layer, averaged over heads and places."""
+
+    shares: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+    def layer(
+        self, index: int, rows: Rows, part: list[Tensor], tokens: list[NestedToken], options: dict[str, Any]
+    ) -> Callable[[Tensor], None]:
+        return lambda p: self.shares[index].append(p.sum(-1).mean((1, 2)))
 
 
 class DiffusionObjective:
@@ -184,6 +197,18 @@ class DiffusionObjective:
         if len(run.reached) < len(self.sites):
             raise TrainingError(f"Only {len(run.reached)} of the model's {len(self.sites)} layers were personalised.")
         return denoised
+
+    @torch.no_grad()
+    def enlarge_values(self, samples: Sequence[Sample]) -> None:
+        """Scale up the adapter's W_Vn where samples show that its layer attends little to the subject's word.
+
+        A share p_s of the attention passes p_s of the values: where that is 1 %, values of the usual size change next
+        to nothing, and learn as slowly.
+        """
+        batch, seen = self.prepare(samples), Attended()
+        self.denoise(replace(batch, layout=replace(batch.layout, watch=seen)), Projector(self.adapter)(batch.features))
+        for index, layer in enumerate(self.adapter.layers):
+            layer.to_v.weight *= (self.config.value_share / torch.cat(seen.shares[index]).mean()).clamp_min(1)
 
     def weight(self, sigma: Tensor) -> Tensor:
         """Weight of each row's error, from what the host's sampling makes of a one and a zero at its noise."""

@@ -40,6 +40,8 @@ class TrainingConfig:
     fit, augment       how the subject's crop is made square, as in Encode Subject; strength of its augmentation
     caption_dropout    how often a caption is the placeholder alone
     subject_dropout    how often the image features are zero, so that the adapter also learns nobody in particular
+    value_share        W_Vn of a fresh adapter start larger in each layer whose attention to the subject's word, p_s, is
+                       below this on average: by share / p_s. 0: as the layer's own to_v
     qformer_rate       factor on the learning rate for the Q-Former: one that has learned already is soon spoilt
     min_snr_gamma      0: the plain loss in the base model's own target
     precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
@@ -68,6 +70,7 @@ class TrainingConfig:
     feature_layer: FeatureLayer = "last"
     norm: Norm = "rescale"
     norm_factor: float = 2.0
+    value_share: float = 0.0
 
     resolution: int = 1024
     buckets: bool = True
@@ -110,9 +113,12 @@ class TrainingConfig:
         for name in (*whole, *EVERY):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
-        for name in ("caption_dropout", "subject_dropout", "ema"):
+        for name in ("caption_dropout", "subject_dropout", "ema", "value_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected 0 to 1.")
+        if self.value_share and (self.norm == "rescale" or self.start_from):
+            why = "start_from keeps the adapter's own" if self.start_from else "norm = rescale sets their size"
+            raise TrainingError(f"value_share is for the first values of a fresh adapter, but {why}. Leave it at 0.")
 
     @property
     def placeholder(self) -> str:
@@ -129,8 +135,8 @@ class TrainingConfig:
 
 def changed(before: dict[str, Any], now: TrainingConfig) -> list[str]:
     """'batch: 4, was 2' for each setting that makes a resumed training another one."""
-    settings = now.record().items()
-    return [f"{k}: {v}, was {before.get(k)}" for k, v in settings if k not in FREE and before.get(k) != v]
+    before = {**{f.name: f.default for f in fields(now)}, **before}  # a setting that is newer was its default
+    return [f"{k}: {v}, was {before[k]}" for k, v in now.record().items() if k not in FREE and before[k] != v]
 
 
 def from_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:

@@ -68,6 +68,34 @@ def test_a_fresh_adapter_starts_from_the_layers_own_projections(base, folder):
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
 
 
+def test_first_values_make_up_for_little_attention(base, folder, tmp_path, monkeypatch):
+    """Layers whose softmax gives the word less than the share start with values that much larger; none with smaller."""
+    shares = {}
+
+    def watched(self, q, k, v, options, layout):
+        if layout.watch is not None:
+            q, k, heads = q.double(), k.double(), options["n_heads"]
+            width = q.shape[-1] // heads
+            parts = [(q[..., i : i + width], k[..., i : i + width]) for i in range(0, heads * width, width)]
+            p = torch.stack([(a @ b.transpose(1, 2) / width**0.5).softmax(-1) for a, b in parts]).mean((0, 2))
+            columns = [(row, use.columns) for rows in layout.groups for row in range(*rows[:2]) for use in rows.uses]
+            shares[self.index] = torch.stack([p[row, list(at)].sum() for row, at in columns]).mean()
+            q, k = q.float(), k.float()
+        return inner(self, q, k, v, options, layout)
+
+    inner = patch.LayerPatch.attend_personalized
+    monkeypatch.setattr(patch.LayerPatch, "attend_personalized", watched)
+    share = 0.02
+    still = {"norm": "off", "steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "output": str(tmp_path)}
+    train(settings(folder, batch=3, value_share=share, **still), base)
+    trained, own = load_adapter(tmp_path / "adapter.safetensors"), fresh_adapter(settings(folder), base)
+    factors = {index: max(1.0, share / p.item()) for index, p in shares.items()}
+    assert len(factors) == len(own.layers) and max(factors.values()) > 1.2 and min(factors.values()) == 1, factors
+    for index, factor in factors.items():
+        torch.testing.assert_close(trained.layers[index].to_v.weight, own.layers[index].to_v.weight * factor)
+        assert torch.equal(trained.layers[index].to_k.weight, own.layers[index].to_k.weight)
+
+
 def denoised(model, positive, noisy, sigma):
     """What a sampler is given by the model at one step, without guidance."""
     seen = []
