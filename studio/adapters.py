@@ -56,9 +56,9 @@ def as_class(caption: str, kind: str) -> str:
 def settings(kind: str, data: Path, output: Path, steps: int, **changes: object) -> TrainingConfig:
     values = {
         "data": str(data), "output": str(output), "class_word": CLASSES[kind], "resolution": 64, "buckets": False,
-        "queries": 32, "dim": 160, "depth": 3, "dim_head": 32, "ff_mult": 2, "steps": steps, "batch": 16,
-        "learning_rate": 2e-3, "qformer_rate": 0.05, "warmup": 50, "norm": "off", "value_share": 0.15, "ema": 0.995, "precision": "fp32",
-        "gradient_checkpointing": False, "cache": "memory", "augment": 0.5, "log_every": 20,
+        "queries": 32, "dim": 160, "depth": 3, "dim_head": 32, "ff_mult": 2, "norm": "off", "value_share": 0.15,
+        "steps": steps, "batch": 16, "learning_rate": 2e-3, "qformer_rate": 0.05, "warmup": 50, "ema": 0.995,
+        "precision": "fp32", "gradient_checkpointing": False, "cache": "memory", "augment": 0.5, "log_every": 20,
         "checkpoint_every": 100, "validate_every": 10**6,
     }  # fmt: skip
     return TrainingConfig(**{**values, **changes})

@@ -23,6 +23,7 @@ DRAWING = {
     "as it is": {},
     "token weight 1.5": {"token_weight": 1.5},
     "token weight 2": {"token_weight": 2.0},
+    "from 10 % of the steps on": {"start_percent": 0.1},
     "from 20 % of the steps on": {"start_percent": 0.2},
     "until 50 % of the steps": {"end_percent": 0.5},
 }

@@ -208,7 +208,10 @@ def test_settings_from_a_file_and_options(tmp_path):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(TrainingError, match=problem):
             from_arguments(["--config", str(tmp_path / "b.json")])
-    for extra, problem in ((["--norm", "rescale"], "sets their size"), (["--start-from", "a", "--norm", "off"], "keeps")):
+    for extra, problem in (
+        (["--norm", "rescale"], "sets their size"),
+        (["--start-from", "a", "--norm", "off"], "keeps"),
+    ):
         with pytest.raises(TrainingError, match=problem):
             from_arguments(["--data", "d", "--output", "o", "--value-share", "0.1", *extra])
     with pytest.raises(TrainingError, match="batch is 0"):

@@ -121,7 +121,16 @@ def test_evidence_from_a_few_steps(world, work, weights):
     base = load_studio(weights[1])
     own = adapters.train_adapter(world, base, "people", work, 2, 2, batch=2)
     other = adapters.train_adapter(
-        world, base, "people", work, 2, 2, name="decoupled", batch=2, objective=rivals.DecoupledObjective
+        world,
+        base,
+        "people",
+        work,
+        2,
+        2,
+        name="decoupled",
+        batch=2,
+        objective=rivals.DecoupledObjective,
+        value_share=0.0,
     )
     assert not all(
         torch.equal(a, b) for a, b in zip(load_adapter(own).parameters(), load_adapter(other).parameters(), strict=True)
@@ -162,7 +171,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     """All tables, figures and numbers of docs/evidence.md, from adapters that learned nothing."""
     base = load_studio(weights[1])
     files = {kind: adapters.train_adapter(world, base, kind, work, 2, 2, batch=2) for kind in adapters.CLASSES}
-    other = {"name": "decoupled", "objective": rivals.DecoupledObjective}
+    other = {"name": "decoupled", "objective": rivals.DecoupledObjective, "value_share": 0.0}
     ways = {
         "person": files["people"],
         "single": adapters.train_adapter(world, base, "people", work, 2, 2, batch=2, name="single", queries=1),
@@ -180,9 +189,14 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
     (tmp_path / "concentration.json").write_text(json.dumps(tops))
     (tmp_path / "findings.md").write_text("What comes out.")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n{report.BEGIN} stale {report.END}\nAfter.")
     page = report.report(tmp_path, docs, dict.fromkeys(("judge", "adapter", "start"), 100), 0.25).read_text()
     assert all(row in page for row in ("| decoupled cross-attention | 1.5 |", "| both |", "| three photos | 1.0 |"))
     assert "What comes out." in page and "for 25 steps" in page
+    short = readme.read_text()
+    assert short.startswith("Before.") and short.endswith("After.") and "stale" not in short
+    assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
     for picture in ("evidence", "people", "pairs", "inside"):
         assert f"({picture}.png)" in page and (docs / f"{picture}.png").exists()
 
