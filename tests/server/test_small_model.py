@@ -47,6 +47,17 @@ def test_another_photo_is_another_person(studio, quickstart):
     assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
 
 
+def test_each_of_two_people_is_drawn_in_the_own_place(studio):
+    """Anna left, Bob right: without Bob's photo it is his side that is another."""
+    prompt = studio.prompt("two_people")
+    [drawn] = [pixels_of(png) for png in studio.client.run(prompt)]
+    change(prompt, "NestedAttentionApplySubject", 1, strength=0.0)
+    [alone] = [pixels_of(png) for png in studio.client.run(prompt)]
+    middle = drawn.shape[1] // 2
+    left, right = (difference(drawn[:, side], alone[:, side]) for side in (slice(middle), slice(middle, None)))
+    assert right > 8 and right > 3 * left, (left, right)
+
+
 def test_a_picture_carries_its_workflow(studio, quickstart):
     """So that it can be dropped on the canvas."""
     prompt, _ = quickstart
