@@ -190,7 +190,8 @@ def settle(p: Tensor, tokens: list[NestedToken]) -> Tensor:
     """Competition c: each place goes mostly to one subject, p_s becomes P p_s a_s^c / sum_t p_t a_t^c.
 
     P is the subjects' probability together, so the rest of the prompt loses nothing. a_s, a subject's claim to the
-    place, is its probability averaged over the heads, within its region: all heads favour the same subject.
+    place, is its probability averaged over the heads: all heads favour the same subject. With a region only what lies
+    in it, p_s times the region, competes; the rest of p_s stays with the word as plain text.
 
     p   probabilities of the subject columns, [B, H, N, S]; a subject's columns keep their proportions
     """
@@ -199,10 +200,10 @@ def settle(p: Tensor, tokens: list[NestedToken]) -> Tensor:
     columns = p.unbind(-1)
     sums = {s: sum(x for x, owner in zip(columns, owners, strict=True) if owner == s) for s in regions}
     mass = torch.stack(list(sums.values()), dim=-1)
-    claim = torch.stack([sums[s].mean(1, keepdim=True) * region for s, region in regions.items()], dim=-1)
+    inside = torch.stack([sums[s] * region for s, region in regions.items()], dim=-1)
     strongest = max(token.competition for token in tokens)
-    share = (mass.log() + strongest * claim.log()).softmax(-1)
+    share = (inside.log() + strongest * inside.mean(1, keepdim=True).log()).softmax(-1)
     # Where no subject has a claim the shares are 0 / 0, and stay as they were.
-    settled = torch.where(share.isnan(), mass, mass.sum(-1, keepdim=True) * share)
+    settled = torch.where(share.isnan(), mass, mass - inside + inside.sum(-1, keepdim=True) * share)
     factors = dict(zip(sums, (settled / mass.clamp_min(torch.finfo(p.dtype).tiny)).unbind(-1), strict=True))
     return torch.stack([x * factors[owner] for x, owner in zip(columns, owners, strict=True)], dim=-1)

@@ -171,13 +171,20 @@ def test_strong_competition_gives_a_place_to_one_subject_in_all_heads():
     torch.testing.assert_close(settled.sum(-1), p.sum(-1))
 
 
-def test_outside_its_region_a_subject_leaves_the_place_to_its_rival():
+def test_subjects_compete_only_where_their_regions_meet():
+    """Elsewhere a word that is plain text there would lose its part of the prompt."""
     q, k, _, subjects = problem()
-    tokens = [replace(t, region=r) for t, r in zip(rivals(subjects, 1.0), (REGION, 1 - REGION), strict=True)]
+    apart = (REGION > 0.4).to(REGION.dtype)
+    tokens = [replace(t, region=r) for t, r in zip(rivals(subjects, 3.0), (apart, 1 - apart), strict=True)]
     p = attention.subject_probabilities(q, k, tokens)
-    settled = attention.settle(p, tokens)
-    for place, winner in ((0, 1), (1, 0), (3, 0)):
-        torch.testing.assert_close(settled[:, :, place, winner], p[:, :, place].sum(-1))
+    torch.testing.assert_close(attention.settle(p, tokens), p)
+    tokens[1] = replace(tokens[1], region=None)
+    settled, everywhere = attention.settle(p, tokens), attention.settle(p, rivals(subjects, 3.0))
+    inside = apart.bool().expand(p.shape[0], -1)
+    for row in range(len(p)):
+        torch.testing.assert_close(settled[row][:, inside[row]], everywhere[row][:, inside[row]])
+        torch.testing.assert_close(settled[row][:, ~inside[row]], p[row][:, ~inside[row]])
+    assert not torch.allclose(everywhere, p, rtol=1e-2)
 
 
 def test_adds_to_whatever_else_is_in_the_output():

@@ -325,7 +325,7 @@ COMPETITIONS = {
     "set on one": ({"competition": 2.0}, {}, "<anna> and <bob>"),
     "regions": (
         {"region": half(4, 4, "left")[None], "strength": 0.8},
-        {"region": half(4, 4, "right")[None], "competition": 1.0, "token_weight": 1.5},
+        {"competition": 1.0, "token_weight": 1.5},
         "<anna> and <bob>",
     ),
     "a subject twice": ({"competition": 3.0}, {"competition": 1.0}, "<anna> and <bob>, (<anna>:0.5)"),

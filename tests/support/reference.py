@@ -41,7 +41,10 @@ def region_at(token, row, i):
 
 
 def settled(probabilities, tokens, row, i):
-    """Competition at one place: in each head the subjects' mass is shared by p_s a_s^c, with a_s a mean over heads."""
+    """Competition at one place: in each head the subjects' mass is shared by p_s a_s^c, with a_s a mean over heads.
+
+    Of a subject with a region, only the part of p_s that the region leaves here is at stake.
+    """
     c = max(token.competition for token in tokens)
     columns, regions = {}, {}
     for token in tokens:
@@ -51,10 +54,11 @@ def settled(probabilities, tokens, row, i):
     result = [p.clone() for p in probabilities]
     for p, new in zip(probabilities, result, strict=True):
         masses = {s: float(p[list(columns[s])].sum()) for s in columns}
-        wanted = {s: masses[s] * float(claims[s] / max(max(claims.values()), 1e-300)) ** c for s in columns}
+        at_stake = {s: masses[s] * regions[s] for s in columns}
+        wanted = {s: at_stake[s] * float(claims[s] / max(max(claims.values()), 1e-300)) ** c for s in columns}
         if sum(wanted.values()) > 0:
             for s in columns:
-                share = sum(masses.values()) * wanted[s] / sum(wanted.values())
+                share = masses[s] - at_stake[s] + sum(at_stake.values()) * wanted[s] / sum(wanted.values())
                 for column in columns[s]:
                     new[column] = p[column] * share / masses[s]
     return result
