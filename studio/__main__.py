@@ -164,6 +164,7 @@ def evidence(given: argparse.Namespace) -> None:
     person, pet = files["person", 0], given.weights / "adapters" / "studio_pet.safetensors"
     compare.pets(pet)
     compare.pairs(person, pet)
+    compare.beside(person)
     compare.training(ablations(given))
     compare.drawing(person)
     tops = inside(compare.base, person, cases(compare.world, 8, 0, PEOPLE), docs / "inside.png")

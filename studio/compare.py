@@ -72,6 +72,11 @@ class Comparison:
         self.score("pairs", 0, self.plain | ways, PEOPLE + PETS, (1.0,))
         self.show("pairs", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE + PETS)
 
+    def beside(self, person: Path) -> None:
+        """Two people by one adapter, each with a prompt for a part of the picture."""
+        out = self.results / "beside-seed-0.json"
+        evidence.beside(self.world, self.base, self.judge, person, self.count, out)
+
     def training(self, files: Mapping[str, Path]) -> None:
         """One person, by adapters that were trained in other ways."""
         self.score("training", 0, {name: nested(path) for name, path in files.items()}, PEOPLE, (1.0,))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import comfy.sample
 import numpy as np
 import torch
+from node_helpers import conditioning_set_values
 from torch import Tensor
 
 from nested_attention.files import write_atomically
@@ -137,6 +139,48 @@ def draw(base: Base, method: Method, case: Case, strength: float = 1.0) -> Tenso
     noise = comfy.sample.prepare_noise(latent, case.seed)
     drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=case.seed)
     return base.vae.decode(drawn)[0].movedim(-1, 0).cpu()
+
+
+WIDTH = 0.6  # of a picture of two people, for each
+
+
+@torch.inference_mode()
+def draw_beside(base: Base, path: Path, pair: Sequence[Case], strength: float) -> list[Tensor]:
+    """Two people by one adapter in a picture of 128 x 64, each with a prompt for an area; what lies around each."""
+    model, clip, entries = base.model, base.clip, []
+    for case, name in zip(pair, ("<left>", "<right>"), strict=True):
+        method = nested(path, placeholder=name)
+        model, clip, _ = method(replace(base, model=model, clip=clip), case, strength)
+    for case, name, start in zip(pair, ("<left>", "<right>"), (0.0, 1 - WIDTH), strict=True):
+        text = clip.encode_from_tokens_scheduled(clip.tokenize(case.prompt.replace("<person>", name)))
+        area = {"area": ("percentage", 1.0, WIDTH, 0.0, start), "strength": 1.0}
+        entries += conditioning_set_values(text, area)
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, 64)
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    settings = (STEPS, CFG, SAMPLER, SCHEDULER, entries, negative, latent)
+    noise = comfy.sample.prepare_noise(latent, pair[0].seed)
+    drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=pair[0].seed)
+    picture = base.vae.decode(drawn)[0].movedim(-1, 0).cpu()
+    middles = (round(64 * WIDTH), 128 - round(64 * WIDTH))
+    return [picture[..., middle - 32 : middle + 32] for middle in middles]
+
+
+def place_of(case: Case) -> str:
+    return case.wanted["scene"]["place"]
+
+
+def beside(world: World, base: Base, judge: Judge, path: Path, count: int, out: Path) -> None:
+    """Scores of two people of one class in one picture, with their photos and without; they share the place."""
+    if out.exists():
+        return
+    by_place = groupby(sorted(cases(world, count, 0), key=place_of), key=place_of)
+    pairs = [pair for _, here in by_place for pair in zip(*[here] * 2, strict=False)]
+    chosen, found = [case for pair in pairs for case in pair], {}
+    for name, strength in (("none", 0.0), ("nested", 1.0)):
+        pictures = [picture for pair in pairs for picture in draw_beside(base, path, pair, strength)]
+        found[name] = {"1.0": score(world, judge, chosen, torch.stack(pictures))}
+        print("beside", name, {k: round(v[0], 3) for k, v in summary(found[name]["1.0"]).items()}, flush=True)
+    write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
 
     What a person makes of the numbers is in `results/findings.md`, which becomes the page's beginning.
     """
-    names = ("people", "pairs", "pets", "training", "drawing", "photos")
+    names = ("people", "pairs", "beside", "pets", "training", "drawing", "photos")
     found = {name: pool(sorted(results.glob(f"{name}-seed-*.json"))) for name in names}
     plot(found["people"], docs / "evidence.png")
     tables = {name: table(found[name], EACH if name == "pairs" else SCORES) for name in names}
@@ -48,6 +48,7 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
         findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         rows=len(found["people"]["none"]["1.0"]),
         cases=len(found["pets"]["none"]["1.0"]),
+        people_beside=len(found["beside"]["none"]["1.0"]),
         part=round(part * steps["adapter"]),
         concentration=concentration(tops),
         **steps,
@@ -177,6 +178,13 @@ competition between the subjects for each place, and a region for each (left, ri
 {pairs}
 
 ![Six pairs, drawn in all ways](pairs.png)
+
+## Two people in one picture
+
+The same class twice: one adapter, one photo of each, and a word of its own for each in the prompt for its part of a
+picture of 128 x 64 pixels, as in `workflows/two_people.json`. {people_beside} people, each scored apart.
+
+{beside}
 
 ## Choices of training
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -183,6 +184,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     comparison.people(0, ways)
     comparison.pets(files["animals"])
     comparison.pairs(files["people"], files["animals"])
+    replace(comparison, count=4).beside(files["people"])
     comparison.training({"8 tokens": files["people"]})
     comparison.drawing(files["people"])
     tops = inside.inside(base, files["people"], evidence.cases(world, 1, 0), docs / "inside.png")
@@ -193,7 +195,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     readme.write_text(f"Before.\n{report.BEGIN} stale {report.END}\nAfter.")
     page = report.report(tmp_path, docs, dict.fromkeys(("judge", "adapter", "start"), 100), 0.25).read_text()
     assert all(row in page for row in ("| decoupled cross-attention | 1.5 |", "| both |", "| three photos | 1.0 |"))
-    assert "What comes out." in page and "for 25 steps" in page
+    assert "What comes out." in page and "for 25 steps" in page and "people, each scored apart" in page
     short = readme.read_text()
     assert short.startswith("Before.") and short.endswith("After.") and "stale" not in short
     assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
