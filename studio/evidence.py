@@ -133,11 +133,19 @@ def see(base: Base, photos: Tensor, adapter: Any) -> Tensor:
 def draw(base: Base, method: Method, case: Case, strength: float = 1.0) -> Tensor:
     """A picture [3, 64, 64] in 0..1, by the host's sampler."""
     model, clip, prompt = method(base, case, strength)
-    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
-    latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, 32)
+    return sample(base, model, encode(clip, prompt), encode(clip, ""), case.seed)
+
+
+def encode(clip: Any, text: str) -> list[Any]:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def sample(base: Base, model: Any, positive: list[Any], negative: list[Any], seed: int, width: int = 64) -> Tensor:
+    """A picture [3, 64, width]."""
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, width // 2)
     settings = (STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent)
-    noise = comfy.sample.prepare_noise(latent, case.seed)
-    drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=case.seed)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=seed)
     return base.vae.decode(drawn)[0].movedim(-1, 0).cpu()
 
 
@@ -152,15 +160,9 @@ def draw_beside(base: Base, path: Path, pair: Sequence[Case], strength: float) -
         method = nested(path, placeholder=name)
         model, clip, _ = method(replace(base, model=model, clip=clip), case, strength)
     for case, name, start in zip(pair, ("<left>", "<right>"), (0.0, 1 - WIDTH), strict=True):
-        text = clip.encode_from_tokens_scheduled(clip.tokenize(case.prompt.replace("<person>", name)))
         area = {"area": ("percentage", 1.0, WIDTH, 0.0, start), "strength": 1.0}
-        entries += conditioning_set_values(text, area)
-    latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, 64)
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    settings = (STEPS, CFG, SAMPLER, SCHEDULER, entries, negative, latent)
-    noise = comfy.sample.prepare_noise(latent, pair[0].seed)
-    drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=pair[0].seed)
-    picture = base.vae.decode(drawn)[0].movedim(-1, 0).cpu()
+        entries += conditioning_set_values(encode(clip, case.prompt.replace("<person>", name)), area)
+    picture = sample(base, model, entries, encode(clip, ""), pair[0].seed, 128)
     middles = (round(64 * WIDTH), 128 - round(64 * WIDTH))
     return [picture[..., middle - 32 : middle + 32] for middle in middles]
 
