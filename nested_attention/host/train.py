@@ -19,6 +19,7 @@ from ..base_models import describe
 from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
 from ..training.data import Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
+from ..training.gain import folded
 from ..training.trainer import Trainer, world
 from .base import Base, checkpointed, fresh_adapter
 from .layers import check_fit, cross_attention_sites
@@ -75,7 +76,7 @@ def train(
 def write_adapter(config: TrainingConfig, trainer: Trainer) -> Path:
     """The averaged adapter as a file of the output folder, with the record of its making."""
     path = Path(config.output) / ADAPTER
-    save_adapter(trainer.average, path, notes={"training": record(config, trainer)})
+    save_adapter(folded(trainer.average), path, notes={"training": record(config, trainer)})
     return path
 
 

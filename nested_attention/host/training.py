@@ -20,6 +20,7 @@ from ..attention import NestedToken, split_heads
 from ..training.cache import Cache, Tensors, cache_key
 from ..training.config import TrainingConfig, TrainingError
 from ..training.data import Sample, Troubles
+from ..training.gain import add_gain
 from ..training.loss import diffusion_loss, loss_weight, snr_of
 from ..training.trainer import Pairs, Project, Projector
 from . import KEY
@@ -30,6 +31,8 @@ from .marks import Placement
 from .patch import OVERRIDE, LayerPatch
 from .rows import Layout, Rows, entry_placements, place_tensor, read_layout, with_places
 from .text import add_placeholder
+
+LARGEST = 100.0  # factor on the values of a head that attends to the subject hardly anywhere
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ class Batch:
 
 @dataclass
 class Attended:
-    """Watches a batch: p_s, the attention to the subject's token, of each layer, averaged over heads and places."""
+    """Watches a batch: p_s, the attention to the subject's token, of each layer's heads, averaged over places."""
 
     shares: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def layer(
         self, index: int, rows: Rows, part: list[Tensor], tokens: list[NestedToken], options: dict[str, Any]
     ) -> Callable[[Tensor], None]:
-        return lambda p: self.shares[index].append(p.sum(-1).mean((1, 2)))
+        return lambda p: self.shares[index].append(p.sum(-1).mean(2))
 
 
 class DiffusionObjective:
@@ -200,15 +203,16 @@ class DiffusionObjective:
 
     @torch.no_grad()
     def enlarge_values(self, samples: Sequence[Sample]) -> None:
-        """Scale up the adapter's W_Vn where samples show that its layer attends little to the subject's word.
+        """Scale up W_Vn, and its learning rate with it, in heads that samples show to attend little to the subject.
 
         A share p_s of the attention passes p_s of the values: where that is 1 %, values of the usual size change next
         to nothing, and learn as slowly.
         """
         batch, seen = self.prepare(samples), Attended()
         self.denoise(replace(batch, layout=replace(batch.layout, watch=seen)), Projector(self.adapter)(batch.features))
-        for index, layer in enumerate(self.adapter.layers):
-            layer.to_v.weight *= (self.config.value_share / torch.cat(seen.shares[index]).mean()).clamp_min(1)
+        for index, (site, layer) in enumerate(zip(self.sites, self.adapter.layers, strict=True)):
+            factors = (self.config.value_share / torch.cat(seen.shares[index]).mean(0)).clamp(1, LARGEST)
+            add_gain(layer.to_v, factors.repeat_interleave(site.inner // site.heads))
 
     def weight(self, sigma: Tensor) -> Tensor:
         """Weight of each row's error, from what the host's sampling makes of a one and a zero at its noise."""

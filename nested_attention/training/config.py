@@ -15,6 +15,7 @@ from ..attention import NORMS, Norm
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 FITS = ("center crop", "pad", "squash")
+SCHEDULES = ("constant", "cosine")
 Cached = Literal["off", "memory", "disk"]
 CACHES: tuple[Cached, ...] = ("off", "memory", "disk")
 PATHS = ("data", "output", "checkpoint", "diffusion_model", "text_encoders", "vae", "clip_vision", "start_from")
@@ -40,8 +41,10 @@ class TrainingConfig:
     fit, augment       how the subject's crop is made square, as in Encode Subject; strength of its augmentation
     caption_dropout    how often a caption is the placeholder alone
     subject_dropout    how often the image features are zero, so that the adapter also learns nobody in particular
-    value_share        W_Vn of a fresh adapter start larger in each layer whose attention to the subject's word, p_s, is
-                       below this on average: by share / p_s. 0: as the layer's own to_v
+    value_share        W_Vn of a fresh adapter is larger, and learns faster, in each head whose attention to the
+                       subject's word, p_s, is below this on average: by share / p_s, at most a hundredfold. 0: as the
+                       layer's own to_v
+    schedule           of the learning rate after the warm-up: constant, or falling along a cosine to 0 at the last step
     qformer_rate       factor on the learning rate for the Q-Former: one that has learned already is soon spoilt
     min_snr_gamma      0: the plain loss in the base model's own target
     precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
@@ -86,6 +89,7 @@ class TrainingConfig:
     qformer_rate: float = 1.0
     weight_decay: float = 0.01
     warmup: int = 500
+    schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = 1.0
     ema: float = 0.999
     min_snr_gamma: float = 0.0
@@ -106,7 +110,8 @@ class TrainingConfig:
         if isinstance(self.cache, bool):  # what it was in earlier settings
             object.__setattr__(self, "cache", "memory" if self.cache else "off")
         choices = {"norm": NORMS, "feature_layer": FEATURE_LAYERS, "precision": PRECISIONS, "fit": FITS}
-        for name, allowed in {**choices, "cache": CACHES, "on_error": ("stop", "skip")}.items():
+        choices |= {"schedule": SCHEDULES, "cache": CACHES, "on_error": ("stop", "skip")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         whole = ("queries", "dim", "depth", "dim_head", "ff_mult", "resolution", "steps", "batch", "accumulation")

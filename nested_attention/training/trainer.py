@@ -123,6 +123,14 @@ class Trainer:
         rest = [p for p in self.parameters if p not in qformer]
         return [(1.0, rest), (factor, [p for p in self.parameters if p in qformer])]
 
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        c = self.config
+        if self.step < c.warmup:
+            return c.learning_rate * (self.step + 1) / c.warmup
+        fall = (self.step - c.warmup) / max(1, c.steps - c.warmup) if c.schedule == "cosine" else 0.0
+        return c.learning_rate * (1 + math.cos(math.pi * fall)) / 2
+
     @property
     def leads(self) -> bool:
         return self.rank == 0
@@ -142,7 +150,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[list[Sample]], stop: bool = False) -> tuple[float, bool]:
         """One step of the optimizer. Returns its loss, and whether any process wants to stop."""
-        rate = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        rate = self.rate()
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
             group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import resource
 import signal
@@ -151,6 +152,18 @@ def test_the_qformer_has_a_rate_of_its_own(tmp_path):
     assert trainer.run()
     changed = {name for name, value in trainer.adapter.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("layers.") for name in changed), changed
+
+
+def test_the_rate_rises_and_falls(tmp_path):
+    rates = {}
+    for schedule in ("constant", "cosine"):
+        trainer = make_trainer(settings(tmp_path / schedule, schedule=schedule))
+        rates[schedule] = []
+        trainer.watch = lambda step, line, t=trainer, r=rates[schedule]: r.append(t.optimizer.param_groups[0]["lr"])
+        assert trainer.run()
+    assert rates["constant"] == pytest.approx([1e-2 / 3, 2e-2 / 3] + [1e-2] * 10)
+    falling = [1e-2 * math.cos(math.pi * i / 18) ** 2 for i in range(9)]  # half of one and the cosine
+    assert rates["cosine"] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2] + falling)
 
 
 def test_a_loss_that_is_no_number_stops(tmp_path):

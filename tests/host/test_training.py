@@ -69,7 +69,7 @@ def test_a_fresh_adapter_starts_from_the_layers_own_projections(base, folder):
 
 
 def test_first_values_make_up_for_little_attention(base, folder, tmp_path, monkeypatch):
-    """Layers whose softmax gives the word less than the share start with values that much larger; none with smaller."""
+    """Heads whose softmax gives the word less than the share have values that much larger; none has smaller ones."""
     shares = {}
 
     def watched(self, q, k, v, options, layout):
@@ -77,23 +77,37 @@ def test_first_values_make_up_for_little_attention(base, folder, tmp_path, monke
             q, k, heads = q.double(), k.double(), options["n_heads"]
             width = q.shape[-1] // heads
             parts = [(q[..., i : i + width], k[..., i : i + width]) for i in range(0, heads * width, width)]
-            p = torch.stack([(a @ b.transpose(1, 2) / width**0.5).softmax(-1) for a, b in parts]).mean((0, 2))
+            p = torch.stack([(a @ b.transpose(1, 2) / width**0.5).softmax(-1) for a, b in parts]).mean(2)
             columns = [(row, use.columns) for rows in layout.groups for row in range(*rows[:2]) for use in rows.uses]
-            shares[self.index] = torch.stack([p[row, list(at)].sum() for row, at in columns]).mean()
+            shares[self.index] = torch.stack([p[:, row, list(at)].sum(-1) for row, at in columns]).mean(0)
             q, k = q.float(), k.float()
         return inner(self, q, k, v, options, layout)
 
     inner = patch.LayerPatch.attend_personalized
     monkeypatch.setattr(patch.LayerPatch, "attend_personalized", watched)
     share = 0.02
-    still = {"norm": "off", "steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "output": str(tmp_path)}
-    train(settings(folder, batch=3, value_share=share, **still), base)
-    trained, own = load_adapter(tmp_path / "adapter.safetensors"), fresh_adapter(settings(folder), base)
-    factors = {index: max(1.0, share / p.item()) for index, p in shares.items()}
-    assert len(factors) == len(own.layers) and max(factors.values()) > 1.2 and min(factors.values()) == 1, factors
+    changes = {
+        "norm": "off",
+        "steps": 1,
+        "batch": 3,
+        "weight_decay": 0.0,
+        "warmup": 0,
+        "ema": 0.0,
+        "value_share": share,
+    }
+    for name, rate in {"still": 0.0, "moved": 1e-3}.items():
+        train(settings(folder, learning_rate=rate, output=str(tmp_path / name), **changes), base)
+    trained, moved = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("still", "moved"))
+    own = fresh_adapter(settings(folder), base)
+    factors = {index: (share / p).clamp(1, 100).float() for index, p in shares.items()}
+    assert len(factors) == len(own.layers)
+    assert max(f.max() for f in factors.values()) > 1.2 and min(f.min() for f in factors.values()) == 1, factors
     for index, factor in factors.items():
-        torch.testing.assert_close(trained.layers[index].to_v.weight, own.layers[index].to_v.weight * factor)
+        expected = own.layers[index].to_v.weight.unflatten(0, (len(factor), -1)) * factor[:, None, None]
+        torch.testing.assert_close(trained.layers[index].to_v.weight, expected.flatten(0, 1))
         assert torch.equal(trained.layers[index].to_k.weight, own.layers[index].to_k.weight)
+        steps = (moved.layers[index].to_v.weight - trained.layers[index].to_v.weight).unflatten(0, (len(factor), -1))
+        torch.testing.assert_close(steps.abs().amax((1, 2)), 1e-3 * factor, rtol=1e-2, atol=0)  # Adam's first
 
 
 def denoised(model, positive, noisy, sigma):
@@ -217,7 +231,7 @@ def test_one_picture_is_learnt(base, tmp_path, monkeypatch):
 
 def test_resumed_is_uninterrupted(base, folder, tmp_path):
     """With everything that draws: augmentation, dropout, noise, several buckets."""
-    changes = {"augment": 1.0, "caption_dropout": 0.3, "subject_dropout": 0.3}
+    changes = {"augment": 1.0, "caption_dropout": 0.3, "subject_dropout": 0.3, "norm": "off", "value_share": 0.1}
     straight = settings(folder, output=str(tmp_path / "straight"), **changes)
     assert train(straight, base)
     parts = settings(folder, output=str(tmp_path / "parts"), **changes)
@@ -332,6 +346,7 @@ def test_the_command(base, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "find_host", lambda: None)
     values = {**settings(folder).record(), "data": str(folder / "data"), "output": str(tmp_path / "a"), "steps": 2}
     values |= {"holdout": 1, "validation_prompts": ["a <person>"], "validate_every": 2}
+    values |= {"norm": "off", "value_share": 0.1}
     (tmp_path / "settings.json").write_text(json.dumps(values))
     monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "settings.json")])
     command.main()
@@ -340,7 +355,14 @@ def test_the_command(base, folder, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "a/validation/0000002.png").width > 32
     last = json.loads((tmp_path / "a/loss.jsonl").read_text().splitlines()[-1])
     assert last["validation"] > 0
-    further = ["--output", str(tmp_path / "b"), "--start-from", str(tmp_path / "a/adapter.safetensors")]
+    further = [
+        "--value-share",
+        "0",
+        "--output",
+        str(tmp_path / "b"),
+        "--start-from",
+        str(tmp_path / "a/adapter.safetensors"),
+    ]
     monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "settings.json"), *further, "--batch", "1"])
     command.main()
     assert load_adapter(tmp_path / "b" / "adapter.safetensors").config == load_adapter(further[-1]).config
