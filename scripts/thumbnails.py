@@ -36,10 +36,7 @@ def main() -> None:
                 continue
             say(f"Running {path.name}")
             picture = Image.open(io.BytesIO(client.run(prompt)[-1])).convert("RGB")
-            # People who stand beside each other would be cut off.
-            wide, size = picture.width > picture.height, (SIDE, SIDE)
-            square = ImageOps.pad(picture, size, color="white") if wide else ImageOps.fit(picture, size)
-            square.save(path.with_suffix(".jpg"), quality=88)
+            ImageOps.fit(picture, (SIDE, SIDE)).save(path.with_suffix(".jpg"), quality=88)
 
 
 if __name__ == "__main__":

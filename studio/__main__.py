@@ -16,7 +16,7 @@ from pathlib import Path
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "start": 1500, "adapter": 1600, "judge": 3000}
+STEPS = {"vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "start": 1500, "adapter": 800, "judge": 3000}
 SEEDS = (0, 1)
 PART = 0.125  # of the steps, for the ablations
 CHANGES = {
@@ -164,7 +164,7 @@ def evidence(given: argparse.Namespace) -> None:
     person, pet = files["person", 0], given.weights / "adapters" / "studio_pet.safetensors"
     compare.pets(pet)
     compare.pairs(person, pet)
-    compare.beside(person)
+    compare.two_people(person)
     compare.training(ablations(given))
     compare.drawing(person)
     tops = inside(compare.base, person, cases(compare.world, 8, 0, PEOPLE), docs / "inside.png")

@@ -20,6 +20,7 @@ from .warm_start import warm_start
 
 CLASSES = {"people": "person", "animals": "pet"}
 PAIRS = 4000
+COMPANY = {"people": (("people", "animals"), ("people", "people")), "animals": (("people", "animals"),)}
 
 
 def make_pairs(world: World, kind: str, folder: Path, pairs: int = PAIRS) -> Path:
@@ -34,7 +35,7 @@ def make_pairs(world: World, kind: str, folder: Path, pairs: int = PAIRS) -> Pat
     rng = Random(f"pairs {kind}")
     lines = []
     for i in range(pairs):
-        kinds = (kind,) if rng.random() < 0.7 else ("people", "animals")
+        kinds = (kind,) if rng.random() < 0.7 else rng.choice(COMPANY[kind])
         scene = world.scene(rng, kinds=kinds, told=0.0)
         subject = next(figure for figure in scene.figures if figure.kind == kind)
         view = rng.choice([v for v in range(VIEWS) if v != subject.view])
@@ -57,9 +58,9 @@ def settings(kind: str, data: Path, output: Path, steps: int, **changes: object)
     values = {
         "data": str(data), "output": str(output), "class_word": CLASSES[kind], "resolution": 64, "buckets": False,
         "queries": 32, "dim": 160, "depth": 3, "dim_head": 32, "ff_mult": 2, "norm": "off", "value_share": 0.15,
-        "steps": steps, "batch": 16, "learning_rate": 2e-3, "qformer_rate": 0.05, "warmup": 50, "ema": 0.995,
-        "precision": "fp32", "gradient_checkpointing": False, "cache": "memory", "augment": 0.5, "log_every": 20,
-        "checkpoint_every": 100, "validate_every": 10**6,
+        "steps": steps, "batch": 16, "learning_rate": 2e-3, "schedule": "cosine", "qformer_rate": 0.05, "warmup": 50,
+        "ema": 0.995, "precision": "fp32", "gradient_checkpointing": False, "cache": "memory", "augment": 0.5,
+        "log_every": 20, "checkpoint_every": 100, "validate_every": 10**6,
     }  # fmt: skip
     return TrainingConfig(**{**values, **changes})
 

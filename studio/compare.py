@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from nested_attention.host.base import Base
 
 from . import evidence
-from .evidence import Method, cases, decoupled, nested, nobody, told
+from .evidence import STRENGTHS, Method, Rows, cases, decoupled, nested, nobody, told
 from .gallery import gallery
 from .judge import Judge
 from .scenes import World
@@ -72,10 +73,24 @@ class Comparison:
         self.score("pairs", 0, self.plain | ways, PEOPLE + PETS, (1.0,))
         self.show("pairs", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE + PETS)
 
-    def beside(self, person: Path) -> None:
-        """Two people by one adapter, each with a prompt for a part of the picture."""
-        out = self.results / "beside-seed-0.json"
-        evidence.beside(self.world, self.base, self.judge, person, self.count, out)
+    def two_people(self, person: Path) -> None:
+        """Two people by one adapter and one prompt, with and without what is offered against their mixing."""
+        regions = {"region": side(0.0, 0.54)}, {"region": side(0.46, 1.0)}
+        settle = {"competition": 2.0}
+        offered = {"as it is": ({}, {}), "competition 2": (settle, settle), "regions": regions}
+        ways = {name: (method, method) for name, method in self.plain.items()}
+        for name, (left, right) in offered.items():
+            ways[name] = nested(person, placeholder="<left>", **left), nested(person, placeholder="<right>", **right)
+        pairs = evidence.pairs_of(cases(self.world, self.count, 0, PEOPLE))
+        chosen = [case for pair in pairs for case in pair]
+
+        def rows(way: tuple[Method, Method], strength: float) -> Rows:
+            parts = [part for pair in pairs for part in evidence.draw_two(self.base, way, pair, strength)]
+            return evidence.score(self.world, self.judge, chosen, torch.stack(parts))
+
+        out = self.results / "two-people-seed-0.json"
+        real = partial(evidence.ceiling_of_two, self.world, self.judge, 2 * len(chosen))
+        evidence.run({name: partial(rows, way) for name, way in ways.items()}, real, out, (1.0,))
 
     def training(self, files: Mapping[str, Path]) -> None:
         """One person, by adapters that were trained in other ways."""
@@ -101,8 +116,14 @@ class Comparison:
         photos: int = 1,
     ) -> None:
         chosen = cases(self.world, self.count, seed, kinds, photos)
+
+        def rows(way: Method, strength: float) -> Rows:
+            pictures = torch.stack([evidence.draw(self.base, way, case, strength) for case in chosen])
+            return evidence.score(self.world, self.judge, chosen, pictures)
+
         out = self.results / f"{name}-seed-{seed}.json"
-        evidence.run(self.world, self.base, self.judge, ways, chosen, out, strengths or evidence.STRENGTHS)
+        real = partial(evidence.ceiling, self.world, self.judge, 4 * len(chosen), kinds)
+        evidence.run({name: partial(rows, way) for name, way in ways.items()}, real, out, strengths or STRENGTHS)
 
     def show(self, name: str, ways: Mapping[str, tuple[Any, float]], kinds: Sequence[str]) -> None:
         plain = {"no subject": (nobody, 1.0), "told in words": (told(self.world), 1.0)}

@@ -18,7 +18,7 @@ from typing import Any
 import comfy.sample
 import numpy as np
 import torch
-from node_helpers import conditioning_set_values
+import torch.nn.functional as F
 from torch import Tensor
 
 from nested_attention.files import write_atomically
@@ -73,6 +73,9 @@ PHRASES = {
     "people": "a {expression} {} wearing a {clothes color} {clothes}",
     "animals": "a {mood} {} wearing a {wear color} {wears}",
 }
+Rows = list[dict[str, float]]
+"""Scores of each case."""
+
 Method = Callable[[Base, Case, float], tuple[Any, Any, str]]
 """Of a case and a strength: what to draw with, and the prompt for it."""
 
@@ -103,13 +106,14 @@ def nested(*paths: Path, choices: Mapping[str, Mapping[str, Any]] | None = None,
     adapters = [load_adapter(str(path), path.parent.name) for path in paths]
 
     def method(base: Base, case: Case, strength: float) -> tuple[Any, Any, str]:
-        model, clip = base.model, base.clip
+        model, clip, prompt = base.model, base.clip, case.prompt
         for adapter, kind in zip(adapters, case.numbers, strict=False):
             tokens = join_photos(nested_tokens(adapter, see(base, case.photos[kind], adapter)), "concatenate")
             bound = BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
             own = {"placeholder": PLACEHOLDERS[kind], "strength": strength, **shared, **(choices or {}).get(kind, {})}
             model, clip = apply_subject(model, clip, bound, **own)
-        return model, clip, case.prompt
+            prompt = prompt.replace(PLACEHOLDERS[kind], own["placeholder"])
+        return model, clip, prompt
 
     return method
 
@@ -140,53 +144,43 @@ def encode(clip: Any, text: str) -> list[Any]:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
-def sample(base: Base, model: Any, positive: list[Any], negative: list[Any], seed: int, width: int = 64) -> Tensor:
-    """A picture [3, 64, width]."""
-    latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, width // 2)
+def sample(base: Base, model: Any, positive: list[Any], negative: list[Any], seed: int) -> Tensor:
+    """A picture [3, 64, 64]."""
+    latent = torch.zeros(1, model.model.latent_format.latent_channels, 32, 32)
     settings = (STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent)
     noise = comfy.sample.prepare_noise(latent, seed)
     drawn = comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=seed)
     return base.vae.decode(drawn)[0].movedim(-1, 0).cpu()
 
 
-WIDTH = 0.6  # of a picture of two people, for each
-
-
 @torch.inference_mode()
-def draw_beside(base: Base, path: Path, pair: Sequence[Case], strength: float) -> list[Tensor]:
-    """Two people by one adapter in a picture of 128 x 64, each with a prompt for an area; what lies around each."""
-    model, clip, entries = base.model, base.clip, []
-    for case, name in zip(pair, ("<left>", "<right>"), strict=True):
-        method = nested(path, placeholder=name)
-        model, clip, _ = method(replace(base, model=model, clip=clip), case, strength)
-    for case, name, start in zip(pair, ("<left>", "<right>"), (0.0, 1 - WIDTH), strict=True):
-        area = {"area": ("percentage", 1.0, WIDTH, 0.0, start), "strength": 1.0}
-        entries += conditioning_set_values(encode(clip, case.prompt.replace("<person>", name)), area)
-    picture = sample(base, model, entries, encode(clip, ""), pair[0].seed, 128)
-    middles = (round(64 * WIDTH), 128 - round(64 * WIDTH))
-    return [picture[..., middle - 32 : middle + 32] for middle in middles]
+def draw_two(base: Base, ways: tuple[Method, Method], pair: tuple[Case, Case], strength: float) -> list[Tensor]:
+    """Two people in one picture, by one prompt; what is around each, as large as somebody alone."""
+    model, clip, left = ways[0](base, pair[0], strength)
+    model, clip, right = ways[1](replace(base, model=model, clip=clip), pair[1], strength)
+    prompt = f"{left.removesuffix(' ' + places.NAMES[place_of(pair[0])])} and {right}"
+    return around_each(sample(base, model, encode(clip, prompt), encode(clip, ""), pair[0].seed))
+
+
+def around_each(picture: Tensor) -> list[Tensor]:
+    """The two halves of a picture [3, 64, 64] of two, each at the size that the judge knows."""
+    wide = F.pad(picture[None], (6, 6, 0, 0), mode="replicate")
+    parts = wide[..., 20:, :44], wide[..., 20:, 32:]
+    return [F.interpolate(part, (64, 64), mode="bilinear", antialias=True)[0] for part in parts]
 
 
 def place_of(case: Case) -> str:
     return case.wanted["scene"]["place"]
 
 
-def beside(world: World, base: Base, judge: Judge, path: Path, count: int, out: Path) -> None:
-    """Scores of two people of one class in one picture, with their photos and without; they share the place."""
-    if out.exists():
-        return
-    by_place = groupby(sorted(cases(world, count, 0), key=place_of), key=place_of)
-    pairs = [pair for _, here in by_place for pair in zip(*[here] * 2, strict=False)]
-    chosen, found = [case for pair in pairs for case in pair], {}
-    for name, strength in (("none", 0.0), ("nested", 1.0)):
-        pictures = [picture for pair in pairs for picture in draw_beside(base, path, pair, strength)]
-        found[name] = {"1.0": score(world, judge, chosen, torch.stack(pictures))}
-        print("beside", name, {k: round(v[0], 3) for k, v in summary(found[name]["1.0"]).items()}, flush=True)
-    write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
+def pairs_of(chosen: list[Case]) -> list[tuple[Case, Case]]:
+    """Two and two in one place."""
+    by_place = groupby(sorted(chosen, key=place_of), key=place_of)
+    return [pair for _, here in by_place for pair in zip(*[here] * 2, strict=False)]
 
 
 @torch.no_grad()
-def score(world: World, judge: Judge, cases: list[Case], pictures: Tensor) -> list[dict[str, float]]:
+def score(world: World, judge: Judge, cases: Sequence[Case], pictures: Tensor) -> Rows:
     """For each case, mean over its subjects: the part of identity attributes that are right, of what the prompt asks,
     and whether the right one is found among 50.
     """
@@ -216,7 +210,7 @@ def retrieved(world: World, judge: Judge, kind: str, seen: dict[str, Tensor], ca
     return fit[0] >= max(fit)
 
 
-def ceiling(world: World, judge: Judge, count: int, kinds: Sequence[str]) -> list[dict[str, float]]:
+def ceiling(world: World, judge: Judge, count: int, kinds: Sequence[str]) -> Rows:
     """The judge on rendered pictures of those held out, composed as the prompts ask."""
     rng = Random("ceiling")
     scenes = [world.scene(rng, held_out=True, kinds=tuple(kinds)) for _ in range(count)]
@@ -225,6 +219,19 @@ def ceiling(world: World, judge: Judge, count: int, kinds: Sequence[str]) -> lis
         for i, scene in enumerate(scenes)
     ]
     return score(world, judge, made, as_pixels([scene.picture for scene in scenes]))
+
+
+def ceiling_of_two(world: World, judge: Judge, count: int) -> Rows:
+    """As `ceiling`, for each of two people in one picture."""
+    rng = Random("ceiling")
+    scenes = [world.scene(rng, held_out=True, kinds=("people", "people")) for _ in range(count)]
+    made = [
+        Case({"people": f.number}, {}, truth(world, replace(scene, figures=(f,))), "", i)
+        for i, scene in enumerate(scenes)
+        for f in scene.figures
+    ]
+    parts = [part for picture in as_pixels([s.picture for s in scenes]) for part in around_each(picture)]
+    return score(world, judge, made, torch.stack(parts))
 
 
 def interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
@@ -239,24 +246,23 @@ def summary(rows: list[dict[str, float]]) -> dict[str, tuple[float, float, float
 
 
 def run(
-    world: World,
-    base: Base,
-    judge: Judge,
-    methods: Mapping[str, Method],
-    chosen: list[Case],
+    ways: Mapping[str, Callable[[float], Rows]],
+    real: Callable[[], Rows],
     out: Path,
     strengths: Sequence[float] = STRENGTHS,
 ) -> None:
-    """Draw and score all, method by method and strength by strength; what is in `out` already is not done again."""
+    """Draw and score all, way by way and strength by strength; what is in `out` already is not done again.
+
+    real   gives the rows of pictures that were not drawn by the model
+    """
     found = json.loads(out.read_text()) if out.exists() else {}
     if "ceiling" not in found:
-        found["ceiling"] = {"1.0": ceiling(world, judge, 4 * len(chosen), list(chosen[0].numbers))}
-    for name, method in methods.items():
+        found["ceiling"] = {"1.0": real()}
+    for name, rows_at in ways.items():
         for strength in (1.0,) if name in WITHOUT_STRENGTH else strengths:
             if str(strength) in found.setdefault(name, {}):
                 continue
-            pictures = torch.stack([draw(base, method, case, strength) for case in chosen])
-            found[name][str(strength)] = score(world, judge, chosen, pictures)
+            found[name][str(strength)] = rows_at(strength)
             write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
             means = {k: round(v[0], 3) for k, v in summary(found[name][str(strength)]).items()}
             print(name, strength, means, flush=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import places
-from .loop import Plan, train
+from .loop import Plan, half, train
 from .scenes import Scene, World, as_pixels
 from .train_vision import vocabulary
 
@@ -35,7 +35,7 @@ class Judge(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
         """Log-probabilities of each value of each attribute, from pictures [B, 3, 64, 64] in 0..1."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
+        with half(torch.is_grad_enabled()):
             found = self.body(pixels * 2 - 1)
         found = found.float()
         return {

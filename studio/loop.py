@@ -65,6 +65,11 @@ def clip_layer(self: CLIPLayer, x: Tensor, mask: Tensor | None = None, optimized
     return x + self.mlp(self.layer_norm2(x))
 
 
+def half(enabled: bool = True) -> torch.autocast:
+    """bf16, on CPUs that compute in it; others are slower in it than in fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled and torch.cpu._is_avx512_bf16_supported())
+
+
 Loss = Callable[[int, torch.Generator], Tensor | dict[str, Tensor]]
 
 

@@ -38,17 +38,17 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
 
     What a person makes of the numbers is in `results/findings.md`, which becomes the page's beginning.
     """
-    names = ("people", "pairs", "beside", "pets", "training", "drawing", "photos")
+    names = ("people", "pairs", "two-people", "pets", "training", "drawing", "photos")
     found = {name: pool(sorted(results.glob(f"{name}-seed-*.json"))) for name in names}
     plot(found["people"], docs / "evidence.png")
     tables = {name: table(found[name], EACH if name == "pairs" else SCORES) for name in names}
     findings, tops = results / "findings.md", json.loads((results / "concentration.json").read_text())
     page = PAGE.format(
-        **tables,
+        **{name.replace("-", "_"): text for name, text in tables.items()},
         findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         rows=len(found["people"]["none"]["1.0"]),
         cases=len(found["pets"]["none"]["1.0"]),
-        people_beside=len(found["beside"]["none"]["1.0"]),
+        pairs_of_people=len(found["two-people"]["none"]["1.0"]) // 2,
         part=round(part * steps["adapter"]),
         concentration=concentration(tops),
         **steps,
@@ -181,10 +181,11 @@ competition between the subjects for each place, and a region for each (left, ri
 
 ## Two people in one picture
 
-The same class twice: one adapter, one photo of each, and a word of its own for each in the prompt for its part of a
-picture of 128 x 64 pixels, as in `workflows/two_people.json`. {people_beside} people, each scored apart.
+The same class twice: one adapter, one photo of each, and one prompt with a word of its own for each, as in
+`workflows/two_people.json`; with and without competition, and a region for each (left, right). Each of the two is
+scored apart, cut out of one of {pairs_of_people} pictures and enlarged to the size that the judge knows.
 
-{beside}
+{two_people}
 
 ## Choices of training
 

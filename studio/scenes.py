@@ -18,6 +18,12 @@ from . import animals, people, places
 from .pictures import SIDE, VIEWS, Cast, backgrounds, cast
 
 SMALL = 64  # side of the scenes that the model learns to draw
+STANDS = {  # who can be in a scene: the least and the largest side of each, and their middles
+    ("people",): (((100, 118),), (64,)),
+    ("animals",): (((100, 118),), (64,)),
+    ("people", "animals"): (((86, 96), (66, 74)), (38, 93)),
+    ("people", "people"): (((72, 78), (72, 78)), (33, 95)),
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,8 @@ class World:
     def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random, held_out: bool) -> Figure:
         members: Cast = self.casts[kind]
         number = rng.choice(members.held_out() if held_out else members.trained())
-        alone = len(kinds) == 1
-        side = rng.randint(100, 118) if alone else rng.randint(*{"people": (86, 96), "animals": (66, 74)}[kind])
-        middle = 64 if alone else (38, 93)[position]
+        sizes, middles = STANDS[kinds]
+        side, middle = rng.randint(*sizes[position]), middles[position]
         left = middle - side // 2 + rng.randint(-5, 5)
         return Figure(kind, number, rng.randrange(VIEWS), (left, SIDE - side, side))
 

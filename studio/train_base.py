@@ -3,7 +3,7 @@
 First what pictures look like, then what words mean: a text encoder that learns beside a UNet that cannot draw yet
 forgets its words, as all prompts do the same for it. So it begins anew, more slowly, once there are shapes to tell of.
 Then captions tell nearly all of somebody, so that each word comes to mean what it names. Last, the UNet alone learns to
-draw more finely.
+draw more finely, two people in one picture also, and to look at nouns where they stand.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from nested_attention.host.studio import TEXT, UNET, PixelLatents, StudioLatents
 
-from .loop import Loss, Plan, differentiable, initialize, train
-from .scenes import World, as_pixels
+from .looking import Looking
+from .loop import Loss, Plan, differentiable, half, initialize, train
+from .scenes import STANDS, World, as_pixels
 from .words import LENGTH, Words
 
 SHAPES = 600  # steps of the first part
 CAPTION_DROPOUT = 0.1
+SCENES = [("people",), *STANDS]  # of the last part
 
 
 def clean_latents(pictures: list[np.ndarray]) -> Tensor:
@@ -81,28 +83,40 @@ def train_base(world: World, words: Words, work: Path, steps: int, more: int, fi
     painter = train(painter, flow_loss(painter, world, words, "told", 16, 0.5, 0.9), third, work / "told")
     painter.unet.requires_grad_(True)
     last = Plan(fine, rate=1e-3, warmup=100, seed=3)
-    return train(painter, flow_loss(painter, world, words, "fine", 16, 0.2, 0.7), last, work / "fine")
+    return train(painter, flow_loss(painter, world, words, "fine", 16, 0.2, 0.8, looking=0.05), last, work / "fine")
 
 
 def flow_loss(
-    painter: Painter, world: World, words: Words, name: str, batch: int, lateness: float, told: float = 0.3
+    painter: Painter,
+    world: World,
+    words: Words,
+    name: str,
+    batch: int,
+    lateness: float,
+    told: float = 0.3,
+    looking: float = 0.0,
 ) -> Loss:
-    """Loss of a step: the error of the velocity at noises around sigmoid(lateness), in bf16.
+    """Loss of a step: the error of the velocity at noises around sigmoid(lateness).
 
-    told   how often a caption tells each attribute of somebody
+    told      how often a caption tells each attribute of somebody
+    looking   weight of the error of where nouns are looked at; with it, there are pictures of two people also
     """
 
-    def loss(step: int, chance: torch.Generator) -> Tensor:
+    def loss(step: int, chance: torch.Generator) -> dict[str, Tensor]:
         rng = Random(f"{name} {step}")
-        scenes = [world.scene(rng, told=told) for _ in range(batch)]
+        kinds = [rng.choice(SCENES) if looking else None for _ in range(batch)]
+        scenes = [world.scene(rng, told=told, kinds=kinds[i]) for i in range(batch)]
         captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption for scene in scenes]
         clean = clean_latents([scene.picture for scene in scenes])
         sigma = torch.sigmoid(torch.randn(batch, generator=chance) + lateness)
         noise = torch.randn(clean.shape, generator=chance)
         noisy = clean.lerp(noise, sigma.view(-1, 1, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
+        watched = Looking.at(world, words, scenes, captions) if looking else None
+        options = watched.options(painter.unet) if watched else {}
+        with half():
             states = painter.encode(*words.batch([words(caption, rng) for caption in captions]))
-            velocity = painter.unet(noisy, sigma * 1000, context=states)
-        return (velocity.float() - (noise - clean)).square().mean()
+            velocity = painter.unet(noisy, sigma * 1000, context=states, transformer_options=options)
+        losses = {"loss": (velocity.float() - (noise - clean)).square().mean()}
+        return losses | ({"looking": looking * watched.error} if watched else {})
 
     return loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nested_attention.host.studio import VISION
 
 from . import animals, people
-from .loop import Plan, differentiable, initialize, train
+from .loop import Plan, differentiable, half, initialize, train
 from .pictures import VIEWS
 from .scenes import Figure, World, as_pixels
 
@@ -52,7 +52,7 @@ class Namer(nn.Module):
         """`pixels` [B, 3, H, W] in 0..1, as the host hands them to the encoder after its own preprocessing."""
         side, patch = VISION["image_size"], VISION["patch_size"]
         seen = clip_preprocess(rearrange(pixels, "b c h w -> b h w c"), size=side)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             last, _, pooled, _ = self.vision(pixel_values=seen)
         last, pooled = last.float(), pooled.float()
         names = []

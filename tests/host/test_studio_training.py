@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from random import Random
@@ -19,6 +20,7 @@ from studio import (
     export,
     inside,
     judge,
+    looking,
     pictures,
     report,
     rivals,
@@ -109,6 +111,46 @@ def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
     assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
 
 
+def test_nouns_stand_where_their_figures_do(world, vocabulary):
+    rng = Random(0)
+    for kinds in scenes.STANDS:
+        for told in (0.0, 1.0):
+            scene = world.scene(rng, kinds=kinds, told=told)
+            tokens = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.tokenizer(scene.caption)["input_ids"])
+            columns = looking.noun_columns(scene, world, vocabulary)
+            nouns = [{"person", "pet", world.attributes(f)[0].get("kind", "")} for f in scene.figures]
+            assert all(tokens[c].removesuffix("</w>") in names for c, names in zip(columns, nouns, strict=True)), tokens
+            assert sorted(set(columns)) == columns  # as the figures stand, from left to right
+            centers = (
+                looking.shapes(world, scene).sum(1) @ torch.arange(16.0) / looking.shapes(world, scene).sum((1, 2))
+            )
+            boxes = [(left + side / 2) / 8 - 0.5 for left, _, side in (f.box for f in scene.figures)]
+            assert all(abs(c - b) < 2 for c, b in zip(centers.tolist(), boxes, strict=True)), (centers, boxes)
+
+
+def test_what_is_looked_at_can_be_learned_and_changes_no_forward(world, vocabulary, weights):
+    """The error against a softmax of the same numbers falls along its gradient; attention itself is the host's."""
+    unet = copy.deepcopy(weights[0].unet).requires_grad_(True)
+    torch.nn.init.normal_(unet.out[-1].weight, std=0.1)  # after two steps it lets hardly anything out
+    scene = world.scene(Random(0), kinds=("people", "people"))
+    states = weights[0].encode(*vocabulary.batch([vocabulary(scene.caption)])).detach()
+    noisy = torch.randn(1, 12, 32, 32, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for _ in range(2):
+        watched = looking.Looking.at(world, vocabulary, [scene], [scene.caption])
+        out = unet(noisy, torch.tensor([500.0]), context=states, transformer_options=watched.options(unet))
+        torch.testing.assert_close(out, unet(noisy, torch.tensor([500.0]), context=states), rtol=1e-3, atol=1e-4)
+        assert len(watched.errors) == 7
+        errors.append(watched.error.item())
+        parameters = [p for name, p in unet.named_parameters() if "attn2.to_" in name]
+        gradients = torch.autograd.grad(watched.error, parameters, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter -= 3.0 * gradient
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("kind", ["people", "animals"])
 def test_pairs_are_of_one_subject_in_two_views(world, tmp_path, kind):
     listing = adapters.make_pairs(world, kind, tmp_path, 6)
@@ -137,15 +179,14 @@ def test_evidence_from_a_few_steps(world, work, weights):
         torch.equal(a, b) for a, b in zip(load_adapter(own).parameters(), load_adapter(other).parameters(), strict=True)
     )
     methods = {"none": evidence.nobody, "nested": evidence.nested(own), "decoupled": evidence.decoupled(other)}
-    out = work / "scores.json"
     seer = judge.train_judge(world, work, 2)
     assert not seer.training  # its dropout would blur every score
-    chosen = evidence.cases(world, 2, 0)
-    evidence.run(world, base, seer, methods, chosen, out, strengths=(1.0,))
-    found = json.loads(out.read_text())
+    comparison = compare.Comparison(world, base, seer, work, work, 2)
+    comparison.score("scores", 0, methods, ("people",), (1.0,))
+    found = json.loads((work / "scores-seed-0.json").read_text())
     assert found.keys() == {"ceiling", *methods}
     assert all(0 <= row[key] <= 1 for rows in found["nested"].values() for row in rows for key in row)
-    evidence.run(world, base, seer, {"nested": lambda *_: pytest.fail("drawn twice")}, chosen, out, strengths=(1.0,))
+    comparison.score("scores", 0, {"nested": lambda *_: pytest.fail("drawn twice")}, ("people",), (1.0,))
 
 
 def test_methods_change_the_picture_and_no_strength_does_not(world, work, weights):
@@ -184,7 +225,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     comparison.people(0, ways)
     comparison.pets(files["animals"])
     comparison.pairs(files["people"], files["animals"])
-    replace(comparison, count=4).beside(files["people"])
+    replace(comparison, count=4).two_people(files["people"])
     comparison.training({"8 tokens": files["people"]})
     comparison.drawing(files["people"])
     tops = inside.inside(base, files["people"], evidence.cases(world, 1, 0), docs / "inside.png")
@@ -195,7 +236,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     readme.write_text(f"Before.\n{report.BEGIN} stale {report.END}\nAfter.")
     page = report.report(tmp_path, docs, dict.fromkeys(("judge", "adapter", "start"), 100), 0.25).read_text()
     assert all(row in page for row in ("| decoupled cross-attention | 1.5 |", "| both |", "| three photos | 1.0 |"))
-    assert "What comes out." in page and "for 25 steps" in page and "people, each scored apart" in page
+    assert "What comes out." in page and "for 25 steps" in page and "out of one of 2 pictures" in page
     short = readme.read_text()
     assert short.startswith("Before.") and short.endswith("After.") and "stale" not in short
     assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
