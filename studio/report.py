@@ -88,7 +88,7 @@ def in_short(found: dict[str, Pooled]) -> str:
     for name, who in (("people", "person"), ("pets", "pet")):
         for method in (method for method in IN_SHORT if method in found[name]):
             means = {key: value for key, (value, *_) in summary(found[name][method]["1.0"]).items()}
-            lines.append(f"| {IN_SHORT[method].format(who)} | {' | '.join(f'{means[key]:.0%}' for key in SCORES)} |")
+            lines.append(f"| {IN_SHORT[method].format(who)} | {' | '.join(f'{means[key]:.1%}' for key in SCORES)} |")
     return "\n".join(lines)
 
 
@@ -145,8 +145,8 @@ the scores behind it lie in `studio/results/`.
   alone, with a prompt that names all that is scored: the most that words can do.
 - All ways were trained for {adapter} steps of 16 on the same pairs, after {start} steps of a warm start in which the
   Q-Former learns to give for a photo the text states of a caption that tells all; the same one for each number of
-  tokens. The word's first values are larger in layers that give it less than 15 % of their attention (`value_share`),
-  with nested attention and the single token; decoupled attention passes through no word.
+  tokens. The word's values are larger, and learn faster, in heads that give it less than 15 % of their attention
+  (`value_share`), with nested attention and the single token; decoupled attention passes through no word.
 - In brackets the 95 % interval of the mean (bootstrap over pictures).
 
 ## One person, against other ways
