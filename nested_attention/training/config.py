@@ -141,7 +141,8 @@ class TrainingConfig:
 def changed(before: dict[str, Any], now: TrainingConfig) -> list[str]:
     """'batch: 4, was 2' for each setting that makes a resumed training another one."""
     before = {**{f.name: f.default for f in fields(now)}, **before}  # a setting that is newer was its default
-    return [f"{k}: {v}, was {before[k]}" for k, v in now.record().items() if k not in FREE and before[k] != v]
+    free = set(FREE) - ({"steps"} if now.schedule == "cosine" else set())  # the rates of all steps follow from the last
+    return [f"{k}: {v}, was {before[k]}" for k, v in now.record().items() if k not in free and before[k] != v]
 
 
 def from_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:

@@ -103,6 +103,22 @@ def test_stop_keeps_what_was_learnt(tmp_path):
     assert again.run() and again.step == 12
 
 
+@pytest.mark.parametrize(
+    ("schedule", "now", "said"),
+    [
+        ("constant", {"steps": 5}, ""),
+        ("constant", {"batch": 1}, "batch: 1, was 2"),
+        ("cosine", {"steps": 5}, "steps: 5, was 4"),
+        ("cosine", {"cache": "memory"}, ""),
+    ],
+)
+def test_going_on_with_other_settings_is_said(tmp_path, caplog, schedule, now, said):
+    """More steps are the same training only where its rates do not follow from their number."""
+    make_trainer(settings(tmp_path, steps=4, schedule=schedule)).run()
+    make_trainer(settings(tmp_path, **{"steps": 4, "schedule": schedule} | now)).run()
+    assert ("goes on with other settings than it had: " + said in caplog.text) if said else not caplog.records
+
+
 @contextmanager
 def full_disk(at: int = 4096):
     """No file can grow beyond some bytes: writing fails in the middle, as on a full disk."""
