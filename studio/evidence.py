@@ -30,14 +30,15 @@ from nested_attention.subject import Subject, join_photos
 
 from . import animals, people, places
 from .judge import Judge, truth
-from .pictures import VIEWS
+from .pictures import SIDE, VIEWS
 from .rivals import apply_decoupled
-from .scenes import World, as_pixels
+from .scenes import SMALL, STANDS, World, as_pixels
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.5, "euler", "simple"
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
 WITHOUT_STRENGTH = ("none", "told")
 CANDIDATES = 50
+AROUND, MARGIN = 44, 6  # pixels: side of what is around one of two people, and how far it may leave the picture
 ATTRIBUTES = {"people": people, "animals": animals}
 PLACEHOLDERS = {"people": "<person>", "animals": "<pet>"}
 ASKED = {"people": people.VIEW, "animals": ("mood", "wears")}  # of what a prompt asks, what is scored
@@ -163,10 +164,11 @@ def draw_two(base: Base, ways: tuple[Method, Method], pair: tuple[Case, Case], s
 
 
 def around_each(picture: Tensor) -> list[Tensor]:
-    """The two halves of a picture [3, 64, 64] of two, each at the size that the judge knows."""
-    wide = F.pad(picture[None], (6, 6, 0, 0), mode="replicate")
-    parts = wide[..., 20:, :44], wide[..., 20:, 32:]
-    return [F.interpolate(part, (64, 64), mode="bilinear", antialias=True)[0] for part in parts]
+    """Of a picture [3, 64, 64] of two, what is around each, enlarged to the size that the judge knows."""
+    wide = F.pad(picture[None], (MARGIN, MARGIN, 0, 0), mode="replicate")
+    lefts = [MARGIN + round(middle * SMALL / SIDE - AROUND / 2) for middle in STANDS["people", "people"][1]]
+    parts = [wide[..., -AROUND:, left : left + AROUND] for left in lefts]
+    return [F.interpolate(part, (SMALL, SMALL), mode="bilinear", antialias=True)[0] for part in parts]
 
 
 def place_of(case: Case) -> str:
