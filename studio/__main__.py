@@ -16,7 +16,10 @@ from pathlib import Path
 from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
-STEPS = {"vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "start": 1500, "adapter": 800, "judge": 3000}
+STEPS = {
+    "vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "late": 1800,
+    "start": 3000, "adapter": 800, "judge": 3000,
+}  # fmt: skip
 SEEDS = (0, 1)
 PART = 0.125  # of the steps, for the ablations
 CHANGES = {
@@ -77,23 +80,24 @@ def vision(given: argparse.Namespace):
 
 
 def base(given: argparse.Namespace):
-    from .train_base import train_base
+    from .train_base import PARTS, train_base
     from .words import Words
 
     scenes = world(given)
     words = Words(scenes)
-    return train_base(scenes, words, given.work, *(steps(given, part) for part in ("base", "told", "fine"))), words
+    return train_base(scenes, words, given.work, {part: steps(given, part) for part in PARTS}), words
 
 
 def export(given: argparse.Namespace) -> None:
     """Trains what is not trained yet."""
     from .export import export
+    from .train_base import PARTS
 
     painter, words = base(given)
     notes = {
         "command": "python -m studio",
         "seed": 0,
-        "steps": {k: steps(given, k) for k in ("vision", "base", "told", "fine")},
+        "steps": {part: steps(given, part) for part in ("vision", *PARTS)},
     }
     export(painter, vision(given), words, given.weights, notes)
 

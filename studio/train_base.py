@@ -2,12 +2,14 @@
 
 First what pictures look like, then what words mean: a text encoder that learns beside a UNet that cannot draw yet
 forgets its words, as all prompts do the same for it. So it begins anew, more slowly, once there are shapes to tell of.
-Then captions tell nearly all of somebody, so that each word comes to mean what it names. Last, the UNet alone learns to
-draw more finely, two people in one picture also, and to look at nouns where they stand.
+Then captions tell nearly all of somebody, so that each word comes to mean what it names. Then the UNet alone learns to
+draw more finely, two people in one picture also, and to look at nouns where they stand. Last, the same from more noise:
+there the words alone decide what hair somebody gets, and few of the steps before were there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -27,8 +29,9 @@ from .scenes import STANDS, World, as_pixels
 from .words import LENGTH, Words
 
 SHAPES = 600  # steps of the first part
+PARTS = ("base", "told", "fine", "late")  # that follow it
 CAPTION_DROPOUT = 0.1
-SCENES = [("people",), *STANDS]  # of the last part
+SCENES = [("people",), *STANDS]  # of the last two parts
 
 
 def clean_latents(pictures: list[np.ndarray]) -> Tensor:
@@ -68,22 +71,25 @@ class Painter(nn.Module):
         return F.pad(states, (0, 0, 0, LENGTH - length))
 
 
-def train_base(world: World, words: Words, work: Path, steps: int, more: int, fine: int) -> Painter:
-    """`steps` counts those of the second part, `more` those of the third, `fine` those of the last."""
+def train_base(world: World, words: Words, work: Path, steps: Mapping[str, int]) -> Painter:
+    """`steps` of each of the PARTS; before them come the first, of SHAPES."""
     torch.manual_seed(0)
     painter = Painter(len(words.ids))
-    first = Plan(min(SHAPES, steps), horizon=1500, rate=2e-3)
+    first = Plan(min(SHAPES, steps["base"]), horizon=1500, rate=2e-3)
     painter = train(painter, flow_loss(painter, world, words, "base", 32, 0.2), first, work / "shapes")
     torch.manual_seed(1)
     painter.requires_grad_(True).forget_words(1.0)
-    second = Plan(steps, rate=1e-3, warmup=200, slower={"text": 0.4}, seed=1)
+    second = Plan(steps["base"], rate=1e-3, warmup=200, slower={"text": 0.4}, seed=1)
     painter = train(painter, flow_loss(painter, world, words, "words", 16, 0.5), second, work / "base")
     painter.requires_grad_(True)
-    third = Plan(more, rate=7e-4, warmup=100, seed=2)
+    third = Plan(steps["told"], rate=7e-4, warmup=100, seed=2)
     painter = train(painter, flow_loss(painter, world, words, "told", 16, 0.5, 0.9), third, work / "told")
-    painter.unet.requires_grad_(True)
-    last = Plan(fine, rate=1e-3, warmup=100, seed=3)
-    return train(painter, flow_loss(painter, world, words, "fine", 16, 0.2, 0.8, looking=0.05), last, work / "fine")
+    for seed, (name, lateness) in enumerate({"fine": 0.2, "late": 0.7}.items(), 3):
+        painter.unet.requires_grad_(True)
+        plan = Plan(steps[name], rate=1e-3, warmup=100, seed=seed)
+        loss = flow_loss(painter, world, words, name, 16, lateness, 0.8, looking=0.05)
+        painter = train(painter, loss, plan, work / name)
+    return painter
 
 
 def flow_loss(

@@ -7,6 +7,7 @@ word then looks its value up among those words; training through the UNet adds w
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from nested_attention.adapter import NestedAdapter
+from nested_attention.adapter import AdapterConfig, NestedAdapter
 from nested_attention.host.base import Base, fresh_adapter
 from nested_attention.host.images import features, fit
 from nested_attention.training.config import TrainingConfig
@@ -33,18 +34,27 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
     with base.frozen():
         adapter = fresh_adapter(config, base)
         states = described(world, base, kind, config.class_word, config.queries)
+        photos = cache(lambda: photographed(world, base, kind, adapter.config, config.fit))
 
         def loss(step: int, chance: torch.Generator) -> Tensor:
-            rng = Random(f"warm start {kind} {step}")
-            chosen = [rng.choice(world.casts[kind].trained()) for _ in range(BATCH)]
-            photos = as_pixels([world.portrait(kind, number, rng.randrange(VIEWS), rng) for number in chosen])
-            with torch.no_grad():
-                seen = fit(rearrange(photos, "b c h w -> b h w c"), base.clip_vision.image_size, config.fit)
-                found = features(base.clip_vision, seen, adapter.config)
-            return F.mse_loss(adapter.resampler(found.clone()), states[chosen])
+            seen, who = photos()
+            rows = torch.randint(len(who), (BATCH,), generator=chance)
+            return F.mse_loss(adapter.resampler(seen[rows]), states[who[rows]])
 
         adapter.resampler = train(adapter.resampler, loss, Plan(steps, rate=2e-3, warmup=50, ema=0.99), folder)
     return adapter
+
+
+@torch.no_grad()
+def photographed(world: World, base: Base, kind: str, config: AdapterConfig, how: str) -> tuple[Tensor, Tensor]:
+    """All who are trained on, in each view and in front of some wall: image features [photos, N, C], and who it is."""
+    rng, found = Random(f"warm start {kind}"), []
+    portraits = [(number, view) for number in world.casts[kind].trained() for view in range(VIEWS)]
+    for first in range(0, len(portraits), BATCH):
+        photos = [world.portrait(kind, *portrait, rng) for portrait in portraits[first : first + BATCH]]
+        pictures = rearrange(as_pixels(photos), "b c h w -> b h w c")
+        found.append(features(base.clip_vision, fit(pictures, base.clip_vision.image_size, how), config))
+    return torch.cat(found), torch.tensor([number for number, _ in portraits])
 
 
 @torch.no_grad()
