@@ -45,6 +45,7 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
     findings, tops = results / "findings.md", json.loads((results / "concentration.json").read_text())
     page = PAGE.format(
         **{name.replace("-", "_"): text for name, text in tables.items()},
+        apart=table(apart(found["people"]), SCORES),
         findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         rows=len(found["people"]["none"]["1.0"]),
         cases=len(found["pets"]["none"]["1.0"]),
@@ -68,6 +69,16 @@ def pool(scores: list[Path]) -> Pooled:
             for strength, rows in by_strength.items():
                 pooled.setdefault(method, {}).setdefault(strength, []).extend(rows)
     return pooled
+
+
+def apart(pooled: Pooled) -> Pooled:
+    """What nested attention scores more than the other ways, case by case."""
+    found: Pooled = {other: {} for other in ("decoupled", "single")}
+    for other, by_strength in found.items():
+        for strength, rows in pooled["nested"].items():
+            both = zip(rows, pooled[other][strength], strict=True)
+            by_strength[strength] = [{key: ours[key] - theirs[key] for key in SCORES} for ours, theirs in both]
+    return found
 
 
 def table(pooled: Pooled, columns: dict[str, str]) -> str:
@@ -157,6 +168,10 @@ the same at every place. {rows} pictures for each row, half of each of two seeds
 pictures).
 
 {people}
+
+By how much nested attention is above them, picture by picture:
+
+{apart}
 
 ![Identity against prompt over the strength](evidence.png)
 
