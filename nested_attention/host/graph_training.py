@@ -21,7 +21,7 @@ from ..training.config import TrainingConfig
 from ..training.pictures import pixels_of, read_picture
 from ..training.progress import loss_curve, read_losses
 from .adapters import LoadedAdapter, load_adapter, trainable_copy
-from .base import DTYPES, Base
+from .base import Base
 from .notice import show
 from .train import ADAPTER, train
 
@@ -59,8 +59,6 @@ def train_in_graph(
     """
     # The host may keep weights elsewhere and fetch them layer by layer, which leaves none to train through.
     base = replace(base, model=base.model.clone(disable_dynamic=True))
-    computed = base.model.model.get_dtype_inference()
-    config = replace(config, precision=next((name for name, dtype in DTYPES.items() if dtype == computed), "fp32"))
     watcher = Watcher(comfy.utils.ProgressBar(config.steps), node_id)
     try:
         with torch.inference_mode(False), torch.enable_grad():

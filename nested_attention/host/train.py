@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from ..adapter import NestedAdapter
 from ..base_models import describe
 from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
-from ..training.data import Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
+from ..training.data import BROKEN, Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
 from ..training.gain import folded
 from ..training.trainer import Trainer, world
-from .base import Base, checkpointed, fresh_adapter
+from .base import DTYPES, Base, checkpointed, fresh_adapter
 from .layers import check_fit, cross_attention_sites
 from .training import DiffusionObjective
 from .validation import Validation
@@ -49,6 +49,8 @@ def train(
 
     Raises TrainingError; and the host's interrupt, after checkpoint and adapter are written as they are by then.
     """
+    computed = base.model.model.get_dtype_inference()  # not each device has what is asked for
+    config = replace(config, precision=next((name for name, dtype in DTYPES.items() if dtype == computed), "fp32"))
     adapter = make_adapter(config, base, start)
     troubles = Troubles(config.on_error)
     entries, kept_apart = split(read_dataset(config, troubles), config)
@@ -58,8 +60,8 @@ def train(
         loss = objective(base, adapter, config, troubles)
         reader = Reader(entries, config, troubles, world()[1])
         if config.value_share:
-            loss.enlarge_values([reader(row) for row in reader.plan.rows(0)])
-        validate = make_validation(config, loss, entries, kept_apart, troubles)
+            loss.enlarge_values([reader(row) for row in reader.plan.rows(0)[: config.batch]])
+        validate = make_validation(config, loss, entries, kept_apart, troubles) if world()[0] == 0 else None
         told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
         trainer = Trainer(config, adapter, loss, reader, troubles, **told)
         try:
@@ -110,17 +112,22 @@ def make_validation(
     troubles: Troubles,
 ) -> Validation | None:
     """Losses of the entries kept apart, and pictures of the first one, or of the first entry where there are none."""
-    shown = kept_apart or (entries[:1] if config.validation_prompts else [])
-    samples = fixed_samples(shown, config, troubles)
-    return Validation(config, objective, samples if kept_apart else [], samples[0]) if samples else None
+    samples = list(fixed_samples(kept_apart, config, troubles))
+    others = fixed_samples(entries, config, troubles) if config.validation_prompts else iter(())
+    shown = samples[0] if samples else next(others, None)
+    return Validation(config, objective, samples, shown) if shown else None
 
 
-def fixed_samples(entries: list[Entry], config: TrainingConfig, troubles: Troubles) -> list[Sample]:
-    """One sample of each entry, without augmentation or dropout."""
-    plain = replace(config, augment=0.0, caption_dropout=0.0, subject_dropout=0.0)
+def fixed_samples(entries: list[Entry], config: TrainingConfig, troubles: Troubles) -> Iterator[Sample]:
+    """One sample of each entry that can be read, without augmentation or dropout."""
+    plain = replace(config, batch=1, augment=0.0, caption_dropout=0.0, subject_dropout=0.0)
     reader = Reader(entries, plain, troubles)
-    places = [(size, i) for size, members in reader.plan.buckets.items() for i in members]
-    return [reader(Row(i, size, stable_hash(config.seed, "validation", i))) for size, i in places]
+    for size, members in reader.plan.buckets.items():
+        for i in members:
+            try:
+                yield reader.read(Row(i, size, stable_hash(config.seed, "validation", i)))
+            except BROKEN as error:
+                reader.give_up(i, error)
 
 
 def record(config: TrainingConfig, trainer: Trainer) -> str:

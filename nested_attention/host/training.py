@@ -22,6 +22,7 @@ from ..training.config import TrainingConfig, TrainingError
 from ..training.data import Sample, Troubles
 from ..training.gain import add_gain
 from ..training.loss import diffusion_loss, loss_weight, snr_of
+from ..training.pictures import covering
 from ..training.trainer import Pairs, Project, Projector
 from . import KEY
 from .base import DTYPES, Base, identity
@@ -103,6 +104,8 @@ class DiffusionObjective:
         self.clip, self.ledger = add_placeholder(base.clip, config.placeholder, config.class_word, {})
         self.sampling = base.model.get_model_object("model_sampling")
         self.device = base.model.load_device
+        if base.model.model_options["transformer_options"].get("patches_replace", {}).get("attn2"):
+            raise TrainingError("Another node replaces the model's cross-attention. Train on the model without it.")
         # Only files outlive the models, and telling these apart takes a look at all of their weights.
         self.identity = identity(base) if config.cache == "disk" else ""
 
@@ -154,6 +157,7 @@ class DiffusionObjective:
         found = dict(self.cache.get(key, lambda: self.encode(sample.caption)))
         places = tuple((int(column), weight) for column, weight in found.pop("places").tolist())
         entries = convert_cond([[found.pop("states"), found]])
+        entries[0] |= told_sizes(sample)
         encode = self.base.model.model.extra_conds
         [entry] = comfy.samplers.encode_model_conds(encode, entries, latent, self.device, "positive")
         return entry, (entry["cross_attn"].shape[1], places)
@@ -161,7 +165,8 @@ class DiffusionObjective:
     def encode(self, caption: str) -> Tensors:
         """The text states [1, T, C], what the host adds to them, and the subject's columns and weights, [n, 2]."""
         [states, added], *_ = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
-        [placements] = entry_placements({**added, "cross_attn": states}, self.ledger.sections)
+        [placements] = entry_placements({**added, "cross_attn": states}, {})
+        self.ledger.sections.clear()  # which are kept for other nodes, and there are none
         places = torch.tensor([(p.column, p.weight) for p in placements]).reshape(-1, 2)
         tensors = {name: value.cpu() for name, value in added.items() if isinstance(value, Tensor)}
         return {**tensors, "states": states.cpu(), "places": places}
@@ -221,6 +226,21 @@ class DiffusionObjective:
         signal, noise = (self.sampling.noise_scaling(sigma, *pair) for pair in ((zeros, ones), (ones, zeros)))
         scale = self.sampling.calculate_denoised(sigma, ones, zeros)
         return loss_weight(scale.flatten(), snr_of(signal, noise).flatten(), self.config.min_snr_gamma)
+
+
+def told_sizes(sample: Sample) -> dict[str, int]:
+    """SDXL's micro-conditioning (Podell et al. 2023, section 2.2): by default the host tells the size of the latents.
+
+    So it is for pictures at least as large. Smaller ones are blurred, and others lack a part at the sides: where that
+    is told, the adapter does not learn it.
+    """
+    if sample.size is None:
+        return {}
+    resized, (left, top) = covering(sample.size, sample.row.bucket)
+    width, height = map(min, sample.size, resized)
+    target_width, target_height = sample.row.bucket
+    told = {"width": width, "height": height, "crop_w": left, "crop_h": top}
+    return {**told, "target_width": target_width, "target_height": target_height}
 
 
 def differentiable(_: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -53,15 +54,21 @@ def distribute() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first one validates
         logging.getLogger().setLevel(logging.INFO if world()[0] == 0 else logging.WARNING)
 
 
 def stop_signal() -> Callable[[], bool]:
-    """Whether the user or the machine asked to stop; the step in work is finished and kept first."""
+    """Whether the user or the machine asked to stop; asked once, the step in work is finished and kept first."""
     asked = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(True)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.append(True))
+        signal.signal(number, ask)
     return lambda: bool(asked)
 
 

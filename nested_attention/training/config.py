@@ -109,6 +109,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.cache, bool):  # what it was in earlier settings
             object.__setattr__(self, "cache", "memory" if self.cache else "off")
+        for name, hint in typing.get_type_hints(type(self)).items():
+            check_type(name, getattr(self, name), hint)
         choices = {"norm": NORMS, "feature_layer": FEATURE_LAYERS, "precision": PRECISIONS, "fit": FITS}
         choices |= {"schedule": SCHEDULES, "cache": CACHES, "on_error": ("stop", "skip")}
         for name, allowed in choices.items():
@@ -118,6 +120,9 @@ class TrainingConfig:
         for name in (*whole, *EVERY):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        for name in ("augment", "warmup", "clip_norm", "min_snr_gamma", "prefetch", "holdout"):
+            if getattr(self, name) < 0:
+                raise TrainingError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         for name in ("caption_dropout", "subject_dropout", "ema", "value_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected 0 to 1.")
@@ -136,6 +141,20 @@ class TrainingConfig:
             value = settings[name]
             settings[name] = [Path(v).name for v in value] if isinstance(value, tuple) else Path(value).name
         return json.loads(json.dumps(settings))
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises TrainingError where a file of settings gives, say, a text in place of a number or of a list."""
+    if typing.get_origin(hint) is tuple:
+        right, expected = isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a list of texts"
+    elif hint in (int, float):
+        right = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+        expected = "a number" if hint is float else "a whole number"
+    else:
+        kind = bool if hint is bool else str
+        right, expected = isinstance(value, kind), "true or false" if kind is bool else "a text"
+    if not right:
+        raise TrainingError(f"{name} is {value!r}, expected {expected}.")
 
 
 def changed(before: dict[str, Any], now: TrainingConfig) -> list[str]:

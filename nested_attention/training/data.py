@@ -27,6 +27,7 @@ from .pictures import (
     Box,
     Size,
     Source,
+    at_most,
     bucket_sizes,
     cover,
     cut,
@@ -39,7 +40,12 @@ from .shards import expand, shard_records
 
 log = logging.getLogger("nested_attention")
 BROKEN = (OSError, ValueError)  # what is raised for an entry that cannot be used
+CROP_SIDE = 1024  # several times what image encoders see; photos of a camera would fill the memory
 Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
+
+
+class BrokenEntry(TrainingError):
+    """An entry could not be read; the training is as it was before."""
 
 
 @dataclass
@@ -49,10 +55,10 @@ class Troubles:
     on_error: str
     count: int = 0
 
-    def report(self, problem: str) -> None:
+    def report(self, problem: str, error: type[TrainingError] = TrainingError) -> None:
         self.count += 1
         if self.on_error == "stop":
-            raise TrainingError(f"{problem} (To leave such things out and go on, set on_error to skip.)")
+            raise error(f"{problem} (To leave such things out and go on, set on_error to skip.)")
         log.warning("Skipped (%d so far): %s", self.count, problem)
 
 
@@ -81,13 +87,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a row trains on: the whole picture [1, H, W, C], the subject's crop [1, h, w, C], the caption."""
+    """What a row trains on: the whole picture [1, H, W, C], which was of some size, the subject's crop, the caption."""
 
     row: Row
     picture: Tensor
     crop: Tensor
     caption: str
     subject: bool = True
+    size: Size | None = None
 
 
 def stable_hash(*parts: Any) -> int:
@@ -149,6 +156,8 @@ def line_record(line: bytes, folder: Path) -> dict[str, Any]:
     if unknown := sorted(record.keys() - {"image", "caption", "box", "crop"}):
         raise ValueError(f"unknown keys {', '.join(unknown)}")
     crop = record.get("crop")
+    if not isinstance(crop, (str, type(None))):
+        raise ValueError(f"the crop {crop} is no name of a file")
     return {**record, "image": folder / record["image"], "crop": folder / crop if crop else None}
 
 
@@ -186,6 +195,7 @@ class Plan:
     """Which entries are trained on when: a pure function of the seed, so that a step's number is its whole state.
 
     A batch is that of all processes together, of one bucket; the last of a bucket is filled up from its beginning.
+    So that nothing is drawn much more often than the rest, a bucket of less than half a batch joins the nearest.
     """
 
     def __init__(self, entries: list[Entry], config: TrainingConfig, processes: int):
@@ -194,6 +204,10 @@ class Plan:
         for i, entry in enumerate(entries):
             self.buckets.setdefault(nearest_bucket(entry.size, sizes), []).append(i)
         self.batch, self.seed = config.batch * processes, config.seed
+        for size in sorted(self.buckets, key=lambda s: (len(self.buckets[s]), s)):
+            if 2 * len(self.buckets[size]) < self.batch and len(self.buckets) > 1:
+                few = self.buckets.pop(size)
+                self.buckets[nearest_bucket(size, list(self.buckets))] += few
         self.batches_per_epoch = sum(-(-len(members) // self.batch) for members in self.buckets.values())
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
@@ -215,7 +229,7 @@ class Plan:
 
 @dataclass
 class Reader:
-    """Rows to samples. An entry that turns out to be broken is replaced by the next of its bucket."""
+    """Rows to samples. An entry that turns out to be broken is replaced by the next, of its bucket if there is one."""
 
     entries: list[Entry]
     config: TrainingConfig
@@ -234,27 +248,29 @@ class Reader:
     def __call__(self, row: Row) -> Sample:
         members = self.plan.buckets[row.bucket]
         start = members.index(row.entry)
-        for entry in members[start:] + members[:start]:
+        others = (i for i in range(len(self.entries)) if i not in members)
+        for entry in (*members[start:], *members[:start], *others):
             if entry in self.broken:
                 continue
             try:
                 return self.read(Row(entry, row.bucket, row.seed))
             except BROKEN as error:
                 self.give_up(entry, error)
-        raise TrainingError(f"All {len(members)} pictures of the bucket {row.bucket} are broken.")
+        raise TrainingError(f"All {len(self.entries)} pictures are broken.")
 
     def give_up(self, entry: int, error: Exception) -> None:
         with self.lock:  # rows are read in threads
             if entry not in self.broken:
                 self.broken.add(entry)
-                self.troubles.report(f"{self.entries[entry].image.name}: {error}.")
+                self.troubles.report(f"{self.entries[entry].image.name}: {error}.", BrokenEntry)
 
     def read(self, row: Row) -> Sample:
         entry, config = self.entries[row.entry], self.config
         picture = read_picture(entry.image)
         crop = read_picture(entry.crop) if entry.crop else cut(picture, entry.box) if entry.box else picture
+        crop = at_most(crop, CROP_SIDE)
         if config.augment:
             crop = vary(crop, config.augment, row.generator("vary"))
         no_caption, no_subject = torch.rand(2, generator=row.generator("dropout")).tolist()
         caption = config.placeholder if no_caption < config.caption_dropout else entry.caption
-        return Sample(row, cover(picture, row.bucket), crop, caption, no_subject >= config.subject_dropout)
+        return Sample(row, cover(picture, row.bucket), crop, caption, no_subject >= config.subject_dropout, entry.size)

@@ -78,19 +78,32 @@ def nearest_bucket(size: Size, sizes: list[Size]) -> Size:
     return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), -s[0] * s[1]))
 
 
+def covering(size: Size, target: Size) -> tuple[Size, Size]:
+    """What a picture of this size is resized to so that it covers the target, and left and top of its middle there."""
+    scale = max(t / s for t, s in zip(target, size, strict=True))
+    w, h = (max(t, round(s * scale)) for t, s in zip(target, size, strict=True))
+    return (w, h), ((w - target[0]) // 2, (h - target[1]) // 2)
+
+
 def cover(image: Tensor, size: Size) -> Tensor:
     """Resized to cover this size, and the middle of it."""
-    w, h = size
-    scale = max(w / image.shape[2], h / image.shape[1])
-    target = (max(h, round(image.shape[1] * scale)), max(w, round(image.shape[2] * scale)))
-    resized = F.interpolate(rearrange(image, "b h w c -> b c h w"), target, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (target[0] - h) // 2, (target[1] - w) // 2
-    return rearrange(resized[..., top : top + h, left : left + w], "b c h w -> b h w c")
+    (w, h), (left, top) = covering((image.shape[2], image.shape[1]), size)
+    planes = rearrange(image, "b h w c -> b c h w")
+    resized = F.interpolate(planes, (h, w), mode="bicubic", antialias=True).clamp(0, 1)
+    return rearrange(resized[..., top : top + size[1], left : left + size[0]], "b c h w -> b h w c")
+
+
+def at_most(image: Tensor, side: int) -> Tensor:
+    """The picture, smaller if one of its sides is longer than this."""
+    h, w = image.shape[1:3]
+    scale = side / max(h, w)
+    return image if scale >= 1 else cover(image, (max(1, round(w * scale)), max(1, round(h * scale))))
 
 
 def cut(image: Tensor, box: Box) -> Tensor:
+    """A copy, so that the rest of the picture need not be kept."""
     left, top, right, bottom = (round(x) for x in box)
-    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)].clone()
 
 
 def vary(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..adapter import NestedAdapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, TrainingError, changed
-from .data import Reader, Sample, Troubles
+from .data import BrokenEntry, Reader, Sample, Troubles
 from .progress import Progress
 
 log = logging.getLogger("nested_attention")
@@ -95,6 +95,11 @@ class Trainer:
         """
         if self.checkpoint.exists():
             self.restore(load_checkpoint(self.checkpoint))
+        if self.mean(torch.tensor(float(self.step), device=self.device)).item() != self.step:
+            raise TrainingError(
+                f"The processes see different checkpoints in {self.checkpoint.parent}. Put output into a folder that "
+                "all machines share."
+            )
         c = self.config
         progress = (
             Progress(Path(c.output), steps=c.steps, step=self.step, log_every=c.log_every) if self.leads else None
@@ -105,23 +110,23 @@ class Trainer:
                 try:
                     loss, stopped = self.train_step(batches, stop())
                     self.note(progress, loss)
-                except interrupts:
+                except (BrokenEntry, *interrupts):
                     if self.step:
                         self.keep(progress)
                     raise
                 if stopped or self.step == c.steps or self.step % c.checkpoint_every == 0:
                     self.keep(progress)
+                    if self.processes > 1:
+                        dist.barrier()
                 if stopped:
                     return False
         return True
 
     def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
-        """Factors on the learning rate, and which parameters they are for."""
-        factor, qformer = self.config.qformer_rate, set(self.adapter.resampler.parameters())
-        if factor == 1:
-            return [(1.0, self.parameters)]
-        rest = [p for p in self.parameters if p not in qformer]
-        return [(1.0, rest), (factor, [p for p in self.parameters if p in qformer])]
+        """Factors on the learning rate, and which parameters they are for: in the order of `parameters`."""
+        qformer = set(self.adapter.resampler.parameters())
+        of_qformer, rest = ([p for p in self.parameters if (p in qformer) == is_of] for is_of in (True, False))
+        return [(self.config.qformer_rate, of_qformer), (1.0, rest)]
 
     def rate(self) -> float:
         """The learning rate of the next step."""
@@ -161,15 +166,19 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         result, stopped = self.mean(torch.stack((total, total.new_tensor(float(stop))))).tolist()
-        if not math.isfinite(result):
-            raise TrainingError(
-                f"The loss of step {self.step + 1} is {result}. The last checkpoint is from before. Lower the learning "
-                "rate, or use bf16 or fp32 in place of fp16."
-            )
+        self.require_finite("loss", result)
         self.update()
         return result, stopped > 0
 
+    def require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The {what} of step {self.step + 1} is {value}. The last checkpoint is from before. Lower the "
+                "learning rate, or use bf16 or fp32 in place of fp16."
+            )
+
     def mean(self, values: Tensor) -> Tensor:
+        """Over the processes."""
         if self.processes > 1:
             dist.all_reduce(values)
         return values / self.processes
@@ -177,8 +186,9 @@ class Trainer:
     @torch.no_grad()
     def update(self) -> None:
         self.scaler.unscale_(self.optimizer)
-        if self.config.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
+        if not self.scaler.is_enabled():  # or it leaves such steps out by itself
+            self.require_finite("gradient", norm.item())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -192,7 +202,7 @@ class Trainer:
         """Record a step and, when it is time, validate. Only the first process does."""
         if progress is None:
             return
-        values = {"loss": loss, "rate": self.optimizer.param_groups[0]["lr"]}
+        values = {"loss": loss, "rate": self.optimizer.param_groups[-1]["lr"]}
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         try:
             if self.validate is not None and due:
@@ -205,8 +215,6 @@ class Trainer:
         if progress is not None:
             self.guard("The checkpoint", lambda: save_checkpoint(self.checkpoint, self.state()))
             self.guard("The loss curve", progress.draw)
-        if self.processes > 1:
-            dist.barrier()
 
     def guard(self, what: str, write: Callable[[], Any]) -> None:
         try:
@@ -244,6 +252,8 @@ class Trainer:
                 f"The checkpoint in {self.checkpoint.parent} is of an adapter of another shape. Choose another output "
                 f"folder for a new training. ({'; '.join(different)})"
             ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        groups = self.optimizer.state_dict()["param_groups"]  # rates and decay are the settings' own
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if state["scaler"]:  # that of a precision without scaling is empty
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]

@@ -19,7 +19,7 @@ from toy_training import Recording, make_trainer, settings
 
 from nested_attention.training.checkpoint import load_checkpoint, save_checkpoint
 from nested_attention.training.config import TrainingError, from_arguments
-from nested_attention.training.data import Entry, Plan
+from nested_attention.training.data import BrokenEntry, Entry, Plan
 from nested_attention.training.loss import diffusion_loss, loss_weight, snr_of
 from nested_attention.training.progress import read_losses
 
@@ -170,6 +170,41 @@ def test_the_qformer_has_a_rate_of_its_own(tmp_path):
     assert changed and all(name.startswith("layers.") for name in changed), changed
 
 
+def test_going_on_with_other_rates(tmp_path, caplog):
+    """Weight decay, the Q-Former's own rate and the precision may change; moments go on, settings are the new ones."""
+    make_trainer(settings(tmp_path, steps=3)).run()
+    trainer = make_trainer(settings(tmp_path, weight_decay=0.5, qformer_rate=0.1, steps=4))
+    trainer.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.5}
+    assert all(state["step"] == 3 for state in trainer.optimizer.state.values())
+    assert trainer.run()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([1e-3, 1e-2])
+
+
+def test_machines_that_do_not_share_their_checkpoint(tmp_path):
+    trainer = make_trainer(settings(tmp_path))
+    trainer.mean = lambda values: values + 250
+    with pytest.raises(TrainingError, match="folder that all machines share"):
+        trainer.run()
+
+
+def test_what_was_done_before_a_broken_picture_is_kept(tmp_path):
+    trainer = make_trainer(settings(tmp_path, checkpoint_every=100))
+    read = trainer.reader.__class__.__call__
+
+    def broken(row):
+        if trainer.step == 4:
+            raise BrokenEntry("4.png: truncated.")
+        return read(trainer.reader, row)
+
+    plan, trainer.reader = trainer.reader, lambda row: broken(row)
+    trainer.reader.plan, trainer.reader.fingerprint = plan.plan, plan.fingerprint
+    with pytest.raises(BrokenEntry):
+        trainer.run()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == trainer.step > 3
+
+
 def test_the_rate_rises_and_falls(tmp_path):
     rates = {}
     for schedule in ("constant", "cosine"):
@@ -187,6 +222,23 @@ def test_a_loss_that_is_no_number_stops(tmp_path):
     trainer.objective = lambda project, samples: project(torch.cat([s.crop for s in samples]))[0][0].sum() * torch.nan
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
         trainer.run()
+
+
+def test_a_gradient_that_is_no_number_stops(tmp_path):
+    """A root at zero: the loss is 0, its slope is not finite."""
+    trainer = make_trainer(settings(tmp_path, clip_norm=0.0))
+    trainer.objective = lambda project, samples: (0 * project(torch.cat([s.crop for s in samples]))[0][0]).sum().sqrt()
+    with pytest.raises(TrainingError, match="gradient of step 1 is nan"):
+        trainer.run()
+
+
+def test_few_pictures_of_an_aspect_join_the_nearest():
+    entries = [Entry(Path(f"{i}.png"), "", (64, 64)) for i in range(9)] + [Entry(Path("wide.png"), "", (128, 64))]
+    for batch, buckets in ((1, 2), (2, 2), (4, 1)):
+        plan = Plan(entries, settings(Path("anywhere"), batch=batch), 1)
+        assert len(plan.buckets) == buckets
+        drawn = [row.entry for number in range(plan.batches_per_epoch) for row in plan.rows(number)]
+        assert set(drawn) == set(range(10)) and max(map(drawn.count, drawn)) <= 2
 
 
 def test_each_epoch_trains_on_every_entry():
@@ -243,5 +295,15 @@ def test_settings_from_a_file_and_options(tmp_path):
     ):
         with pytest.raises(TrainingError, match=problem):
             from_arguments(["--data", "d", "--output", "o", "--value-share", "0.1", *extra])
+    for values, problem in (
+        ({"validation_prompts": "a <person>"}, "validation_prompts is 'a <person>', expected a list of texts"),
+        ({"steps": "1000"}, "steps is '1000', expected a whole number"),
+        ({"learning_rate": True}, "learning_rate is True, expected a number"),
+        ({"buckets": 1}, "buckets is 1, expected true or false"),
+        ({"holdout": -1}, "holdout is -1, expected 0 or more"),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps({"data": "d", "output": "o", **values}))
+        with pytest.raises(TrainingError, match=problem):
+            from_arguments(["--config", str(tmp_path / "c.json")])
     with pytest.raises(TrainingError, match="batch is 0"):
         from_arguments(["--data", "d", "--output", "o", "--batch", "0"])

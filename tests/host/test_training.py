@@ -23,12 +23,12 @@ from nested_attention.host.adapters import load_adapter as load_in_host
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import DTYPES, attention_at, checkpointed, fresh_adapter
 from nested_attention.host.layers import cross_attention_sites
-from nested_attention.host.train import make_adapter, train
-from nested_attention.host.training import DiffusionObjective
+from nested_attention.host.train import make_adapter, split, train
+from nested_attention.host.training import DiffusionObjective, told_sizes
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
 from nested_attention.training.config import TrainingError
-from nested_attention.training.data import Plan, Troubles, read_dataset
+from nested_attention.training.data import Plan, Row, Sample, Troubles, read_dataset
 from nested_attention.training.trainer import Projector
 
 
@@ -140,8 +140,10 @@ def test_training_forward_is_samplings_forward(base, folder, tmp_path):
             bound = bind(tokens, loaded)
             model, clip = apply_subject(base.model, base.clip, bound, placeholder="<person>")
             text = batch.conds["c_crossattn"][i]
-            caption = next(s.caption for s in samples if torch.equal(objective.latent(s), batch.clean[i : i + 1]))
+            sample = next(s for s in samples if torch.equal(objective.latent(s), batch.clean[i : i + 1]))
+            caption = sample.caption
             positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+            positive[0][1].update(told_sizes(sample))  # as CLIPTextEncodeSDXL does
             assert torch.equal(positive[0][0][0], text)
             step = (batch.noisy[i : i + 1], batch.sigma[i : i + 1])
             sampled = denoised(model, positive, *step)
@@ -150,6 +152,32 @@ def test_training_forward_is_samplings_forward(base, folder, tmp_path):
             column = next(c for c, (token, *_) in enumerate(column) if hasattr(token, "nested_placeholder"))
             equations = expected_model(base.model, objective.sites, [(positive[0][0][0], [Stands(bound, (column,))])])
             torch.testing.assert_close(sampled, denoised(equations, positive, *step), rtol=1e-3, atol=1e-3)
+
+
+def test_sizes_are_told():
+    """The host's own default for pictures that fill their bucket; else what is blurred, and what lies outside."""
+    row = Row(0, (64, 64), 0)
+    told = {
+        size: told_sizes(Sample(row, None, None, "", size=size)) for size in ((64, 64), (128, 128), (32, 24), (96, 64))
+    }
+    full = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
+    assert told[64, 64] == told[128, 128] == full
+    assert told[32, 24] == {**full, "width": 32, "height": 24, "crop_w": 10}
+    assert told[96, 64] == {**full, "width": 96, "crop_w": 16}
+
+
+def test_a_model_that_another_node_patched_is_refused(base, folder):
+    model = base.model.clone()
+    model.set_model_attn2_replace(lambda *_: None, "input", 1)
+    with pytest.raises(TrainingError, match="Another node replaces the model's cross-attention"):
+        objective_of(replace(base, model=model), settings(folder))
+
+
+def test_the_precision_is_the_models(base, folder, tmp_path):
+    """The host decides by the device: where bf16 is asked for and fp32 is computed, nothing is cast."""
+    assert train(settings(folder, output=str(tmp_path), precision="bf16", steps=1), base)
+    record = json.loads(read_tensors(tmp_path / "adapter.safetensors")[1]["training"])
+    assert record["settings"]["precision"] == "fp32"
 
 
 def bind(tokens, loaded):
@@ -278,9 +306,10 @@ BROKEN = {
     '{"image": "0.png", "caption": "a person", "box": [5, 5, 5, 9]}': "box .* is empty or outside",
     '{"image": "0.png", "caption": "a person", "box": "all"}': "is not .left, top",
     '{"image": "0.png", "caption": "a person", "crop": "gone.png"}': "gone.png",
+    '{"image": "0.png", "caption": "a person", "crop": 5}': "crop 5 is no name of a file",
     '{"image": "0.png", "caption": "a person", "boxes": []}': "unknown keys boxes",
     '{"image": "text.png", "caption": "a person"}': "text.png",
-    '{"image": "0.png", "caption": ': "line 9",
+    '{"image": "0.png", "caption": ': "line 10",
     '"0.png"': "expected an object",
 }
 
@@ -298,7 +327,7 @@ def test_every_kind_of_broken_entry_is_named(folder, tmp_path, caplog):
     assert troubles.count == len(BROKEN) + 1
     for i, problem in enumerate(BROKEN.values()):
         with pytest.raises(TrainingError, match=problem):
-            data.write_text(list(BROKEN)[i] if i != 8 else "\n" * 8 + list(BROKEN)[i])
+            data.write_text(list(BROKEN)[i] if i != 9 else "\n" * 9 + list(BROKEN)[i])
             read_dataset(config, Troubles("stop"))
     with pytest.raises(TrainingError, match="no usable entry"):
         read_dataset(config, Troubles("skip"))
@@ -325,8 +354,25 @@ def test_broken_files_in_a_folder(tmp_path, caplog):
         [samples_of(strict, number) for number in range(3)]
 
 
+def test_a_broken_picture_alone_in_its_bucket(base, tmp_path, caplog):
+    """Also where it is the one to validate on."""
+    make_data(tmp_path, count=3)
+    broken = tmp_path / "data" / "2.png"
+    save_picture(broken, 2, size=(80, 40))
+    broken.write_bytes(broken.read_bytes()[:-40])
+    common = {"on_error": "skip", "batch": 1}
+    entries = read_dataset(settings(tmp_path), Troubles("stop"))
+    apart = (settings(tmp_path, holdout=1, output=str(tmp_path / "apart"), seed=i, **common) for i in range(20))
+    for config in (
+        settings(tmp_path, **common),
+        next(config for config in apart if split(entries, config)[1][0].image == broken),
+    ):
+        assert train(config, base) and "2.png" in caplog.text
+        caplog.clear()
+
+
 def test_pictures_of_any_kind(tmp_path):
-    from nested_attention.training.pictures import cover, picture_size, read_picture, vary
+    from nested_attention.training.pictures import at_most, cover, picture_size, read_picture, vary
 
     for mode, channels in {"L": 3, "RGB": 3, "RGBA": 4, "P": 3, "LA": 4, "CMYK": 3}.items():
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
@@ -334,6 +380,7 @@ def test_pictures_of_any_kind(tmp_path):
         picture = read_picture(path)
         assert picture.shape == (1, 20, 30, channels) and picture_size(path) == (30, 20)
         assert cover(picture, (16, 24)).shape == (1, 24, 16, channels)
+        assert at_most(picture, 15).shape == (1, 10, 15, channels) and at_most(picture, 30) is picture
         varied = vary(picture, 1.0, torch.Generator().manual_seed(0))
         assert varied.shape == picture.shape and 0 <= varied.min() <= varied.max() <= 1
     picture = torch.rand(1, 20, 30, 3)
