@@ -63,13 +63,7 @@ UNET = {
 }
 TEXT, NESTED = 77, 1024
 SIGMAS = (8.0, 4.0, 2.0, 0.0)
-VARIANTS = {  # name: subjects, low memory
-    "no patch": (0, False),
-    "1 subject": (1, False),
-    "2 subjects": (2, False),
-    "4 subjects": (4, False),
-    "1 subject, low memory": (1, True),
-}
+VARIANTS = {"no patch": 0, "1 subject": 1, "2 subjects": 2, "4 subjects": 4}
 
 
 def settle(module: torch.nn.Module) -> None:
@@ -99,18 +93,16 @@ def make_adapter(model: ModelPatcher) -> LoadedAdapter:
     return LoadedAdapter(patcher, config, "benchmark", "benchmark")
 
 
-def make_subjects(adapter: LoadedAdapter, count: int, low_memory: bool) -> list[AppliedSubject]:
+def make_subjects(adapter: LoadedAdapter, count: int) -> list[AppliedSubject]:
     tokens = torch.randn(count, 1, NESTED, UNET["context_dim"])
-    return [AppliedSubject(f"<{i}>", tokens[i], adapter, low_memory=low_memory) for i in range(count)]
+    return [AppliedSubject(f"<{i}>", tokens[i], adapter) for i in range(count)]
 
 
-def patched(model: ModelPatcher, adapter: LoadedAdapter, subjects: list[AppliedSubject]) -> ModelPatcher:
+def patched(model: ModelPatcher, subjects: list[AppliedSubject]) -> ModelPatcher:
     """What nested_attention.host.apply does to a model."""
     model = model.clone()
     if subjects:
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, Personalization(tuple(subjects), ()))
-    if any(subject.low_memory for subject in subjects):
-        model.set_additional_models(KEY, [adapter.patcher.clone()])
     return model
 
 
@@ -152,9 +144,9 @@ def backend(name: str) -> Iterator[None]:
 def measure_steps(model: ModelPatcher, adapter: LoadedAdapter, latent: int, runs: int) -> dict[str, list[float]]:
     texts, noise = torch.randn(2, TEXT, UNET["context_dim"]), torch.randn(1, 4, latent, latent)
     guiders = {}
-    for name, (count, low_memory) in VARIANTS.items():
-        subjects = make_subjects(adapter, count, low_memory)
-        guiders[name] = make_guider(patched(model, adapter, subjects), subjects, texts)
+    for name, count in VARIANTS.items():
+        subjects = make_subjects(adapter, count)
+        guiders[name] = make_guider(patched(model, subjects), subjects, texts)
     times: dict[str, list[float]] = {name: [] for name in guiders}
     step_seconds(guiders["no patch"], noise)
     for run in range(runs):
@@ -166,7 +158,7 @@ def measure_steps(model: ModelPatcher, adapter: LoadedAdapter, latent: int, runs
 
 def projection_seconds(model: ModelPatcher, adapter: LoadedAdapter, runs: int) -> float:
     """Nested keys and values of one subject in all layers: once a run."""
-    run = Run(model, make_subjects(adapter, 1, False))
+    run = Run(model, make_subjects(adapter, 1))
     return statistics.median(seconds(run.project) for _ in range(runs))
 
 

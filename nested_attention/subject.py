@@ -40,14 +40,15 @@ def combine(a: Subject, b: Subject, mode: str, weight: float) -> Subject:
             f"The two subjects were made by different adapters ({a.adapter_name or a.adapter} and "
             f"{b.adapter_name or b.adapter}). Encode both photos with the same adapter."
         )
+    ours, theirs = a.tokens, b.tokens.to(a.tokens)  # one may come from a file, the other from the GPU
     if mode == "concatenate":
-        return Subject(torch.cat((a.tokens, b.tokens), dim=1), a.adapter, a.adapter_name)
+        return Subject(torch.cat((ours, theirs), dim=1), a.adapter, a.adapter_name)
     if a.tokens.shape != b.tokens.shape:
         raise ValueError(
             f"Blending needs subjects of equally many tokens, these have {a.tokens.shape[1]} and {b.tokens.shape[1]}. "
             "Encode several photos with 'average', or combine with 'concatenate'."
         )
-    return Subject(torch.lerp(a.tokens, b.tokens, weight), a.adapter, a.adapter_name)
+    return Subject(torch.lerp(ours, theirs, weight), a.adapter, a.adapter_name)
 
 
 def save_subject(subject: Subject, path: str | Path) -> None:

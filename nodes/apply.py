@@ -50,8 +50,8 @@ class ApplySubject(io.ComfyNode):
                     min=1.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="More makes more of the picture attend to the subject: stronger likeness, less of the rest "
-                    "of the prompt. 1 is usual, up to about 2.",
+                    tooltip="More makes more of the picture attend to the subject, and less to the rest of the prompt. "
+                    "1 is usual; 1.1 to 1.5 where the subject hardly shows.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -59,8 +59,8 @@ class ApplySubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When in the sampling the subject sets in. A little later (0.1) leaves more of the layout "
-                    "to the prompt. 0 is usual.",
+                    tooltip="When in the sampling the subject sets in. 0 is usual; 0.05 to 0.1 leaves more of the "
+                    "layout to the prompt, later costs likeness.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -68,21 +68,22 @@ class ApplySubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="When in the sampling the subject stops. 1 is usual.",
+                    tooltip="When in the sampling the subject stops. 1 is usual; 0.5 leaves the details to the prompt, "
+                    "for a little likeness.",
                 ),
                 io.Mask.Input(
                     "region",
                     optional=True,
-                    tooltip="Where in the picture the subject may show; elsewhere its word means the plain class. "
-                    "Keeps two subjects apart.",
+                    tooltip="Where in the picture the subject may show (white); elsewhere its word means the plain "
+                    "class. Keeps two subjects apart. For a batch of pictures, one mask or one for each.",
                 ),
                 io.Boolean.Input(
                     "low_memory",
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Compute the subject's keys and values anew in every step instead of once: slower, and for "
-                    "SDXL about 0.35 GB less a subject. For GPUs that run out of memory.",
+                    tooltip="Keep the subject's keys and values in the computer's memory and fetch them layer by "
+                    "layer: slower, and for SDXL 0.35 GB of GPU memory less for each photo of each subject.",
                 ),
                 io.Float.Input(
                     "competition",

@@ -65,7 +65,8 @@ class Train(io.ComfyNode):
                     default=2000,
                     min=1,
                     max=10_000_000,
-                    tooltip="How many steps the training has in all, those before an interruption included.",
+                    tooltip="How many steps the training has in all, those before an interruption included: 2000 to "
+                    "see whether it learns, 20000 and more for a good adapter.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -83,7 +84,9 @@ class Train(io.ComfyNode):
                     max=4096,
                     tooltip="Nested tokens of one photo. 1024 is the paper's; 256 trains faster and needs less memory.",
                 ),
-                io.Int.Input("batch", default=1, min=1, max=1024, tooltip="Pictures in one forward pass."),
+                io.Int.Input(
+                    "batch", default=1, min=1, max=1024, tooltip="Pictures in one step: as many as fit the GPU."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -204,7 +207,7 @@ ADVANCED = [
         max=1_000_000,
         optional=True,
         advanced=True,
-        tooltip="Steps over which the learning rate rises from 0.",
+        tooltip="Steps over which the learning rate rises from 0; 100 to 500 are usual.",
     ),
     io.Float.Input(
         "augment",
@@ -214,7 +217,7 @@ ADVANCED = [
         step=0.1,
         optional=True,
         advanced=True,
-        tooltip="How much the subject's crop is varied (flip, turn, shift, light and color). 0: not at all.",
+        tooltip="How much the subject's crop is varied (flip, turn, shift, light, color). 1 is usual, 0: not at all.",
     ),
     io.Float.Input(
         "min_snr_gamma",
@@ -234,10 +237,16 @@ ADVANCED = [
         step=64,
         optional=True,
         advanced=True,
-        tooltip="Width of the Q-Former, which reads the image encoder's features.",
+        tooltip="Width of the Q-Former, which reads the image encoder's features. 1280 for a real adapter.",
     ),
     io.Int.Input(
-        "depth", default=4, min=1, max=32, optional=True, advanced=True, tooltip="How many layers the Q-Former has."
+        "depth",
+        default=4,
+        min=1,
+        max=32,
+        optional=True,
+        advanced=True,
+        tooltip="How many layers the Q-Former has. 4 is usual.",
     ),
     io.Combo.Input(
         "norm",
@@ -276,7 +285,8 @@ ADVANCED = [
         max=100_000,
         optional=True,
         advanced=True,
-        tooltip="Pictures that are kept apart: samples show the first of them, the loss curve their loss in red.",
+        tooltip="Pictures that are kept apart, 8 or so: samples show the first of them, the loss curve their loss in "
+        "red.",
     ),
     io.Combo.Input(
         "on_error",

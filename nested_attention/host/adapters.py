@@ -61,19 +61,16 @@ def trainable_copy(adapter: LoadedAdapter) -> NestedAdapter:
     return copy
 
 
-def adapter_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """An adapter file as a model of the host, which can make further ones for other devices by itself."""
+def adapter_patcher(path: str) -> ModelPatcher:
+    """An adapter file as a model of the host."""
     state, metadata = read_weights(path)
     adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
     # Looked up now: the host chooses its class of patchers after start.
-    make = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = make(
+    return comfy.model_patcher.CoreModelPatcher(
         adapter,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (adapter_patcher, (path,))
-    return patcher
 
 
 def read_weights(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -41,7 +41,4 @@ def apply_subject(
         KEY,
         Personalization((*before.subjects, subject), (*before.ledgers, ledger)),
     )
-    if subject.low_memory:
-        resident = model.get_additional_models_with_key(KEY)
-        model.set_additional_models(KEY, [*resident, adapter.patcher.clone()])
     return model, clip

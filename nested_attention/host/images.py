@@ -16,15 +16,19 @@ ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14 (the image encoder of IP
 
 
 def as_rgb(images: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B, H, W, C] with 1, 2, 3 or 4 channels, to RGB; what alpha or mask [B or 1, H, W] leave out becomes grey."""
+    """[B, H, W, C] with 1, 2, 3 or 4 channels, to RGB; what alpha or mask [B or 1, H, W] leave out becomes grey.
+
+    Raises ValueError where there is no picture, or another number of masks.
+    """
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"The image is empty (its shape is {tuple(images.shape)}). Connect a picture of the subject.")
     channels = images.shape[-1]
     color = images[..., :3] if channels >= 3 else images[..., :1].expand(*images.shape[:3], 3)
     keep = images[..., -1:] if channels in (2, 4) else None
-    if mask is not None and mask.max() > 0:
-        resized = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]).float(), images.shape[1:3], mode="bilinear")
-        resized = rearrange(resized, "b 1 h w -> b h w 1").to(color)
+    if mask is not None:
+        masks = torch.stack(masks_of(mask, len(images)))[:, None].float()
+        masks = masks + (masks.amax((2, 3), keepdim=True) == 0)  # an empty one is the host's word for none
+        resized = rearrange(F.interpolate(masks, images.shape[1:3], mode="bilinear"), "b 1 h w -> b h w 1").to(color)
         keep = resized if keep is None else keep * resized
     return color if keep is None else torch.lerp(torch.full_like(color, GREY), color, keep)
 

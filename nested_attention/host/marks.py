@@ -30,27 +30,38 @@ class Mark(NamedTuple):
 
 
 class Section(NamedTuple):
+    """`ambiguous`: the same states were encoded with other marks also, as of two subjects of one class word."""
+
     digest: str
     length: int
     marks: tuple[Mark, ...]
+    ambiguous: bool = False
+
+    def says(self) -> list[tuple[str, int, float]]:
+        return [mark[:3] for mark in self.marks]
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Sections that one apply node's CLIP encoded; of equal ones, that with a subject."""
+    """Sections that one apply node's CLIP encoded; of equal ones, the last with a subject."""
 
     sections: dict[str, Section] = field(default_factory=dict)
 
     def add(self, sections: list[Section]) -> None:
         for section in sections:
-            if section.marks or section.digest not in self.sections:
-                self.sections[section.digest] = section
+            before = self.sections.get(section.digest)
+            if section.marks or before is None:
+                differs = before is not None and (
+                    before.ambiguous or (before.says() or section.says()) != section.says()
+                )
+                self.sections[section.digest] = section._replace(ambiguous=differs)
 
 
 class Placement(NamedTuple):
     placeholder: str
     column: int
     weight: float
+    ambiguous: bool = False
 
 
 def digest(states: Tensor) -> str:
@@ -73,10 +84,11 @@ def row_placements(context: Tensor, known: dict[str, Section], record: list[Sect
     for i, states in enumerate(context.split(length)):
         section = known.get(digest(states))
         if section is not None:
-            marks = section.marks
+            marks, ambiguous = section.marks, section.ambiguous
         else:
             marks = [mark for mark in record[i].marks if resembles(states, mark)] if i < len(record) else []
-        placements += [Placement(mark.placeholder, i * length + mark.column, mark.weight) for mark in marks]
+            ambiguous = False
+        placements += [Placement(mark.placeholder, i * length + mark.column, mark.weight, ambiguous) for mark in marks]
     return placements
 
 

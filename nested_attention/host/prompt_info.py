@@ -6,11 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .text import agreed_places, encoder_widths, marked, placeholder_of
+from .text import agreed_places, encoder_names, encoder_widths, marked, placeholder_of
 
 
 def describe_prompt(clip: Any, text: str) -> str:
-    """One line a token section of each encoder. Raises ValueError where the encoders disagree on a subject's column."""
+    """One line a token section of each encoder.
+
+    Raises ValueError where an encoder is no CLIP, or where they disagree on a subject's column.
+    """
+    encoder_names(clip.tokenizer)
     tokens = clip.tokenize(text)
     widths = encoder_widths(clip, tokens)
     kept = min(len(sections) for sections in tokens.values())

@@ -85,7 +85,7 @@ def place_tensor(entry: dict[str, Any], placements: list[list[Placement]], numbe
 
 
 def with_places(entry: dict[str, Any], places: Tensor, regions: Tensor | None) -> dict[str, Any]:
-    """A copy of a conditioning entry that carries the places, and region masks [1, S, h, w], beside its text.
+    """A copy of a conditioning entry that carries the places, and region masks [B, S, h, w], beside its text.
 
     Every entry gets them: the host batches only entries that carry the same things.
     """

@@ -18,7 +18,6 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..adapter import NestedAdapter
 from . import KEY
 from .adapters import LoadedAdapter, nested_pair
 from .layers import Site, cross_attention_sites
@@ -66,9 +65,18 @@ class Personalization:
         """Write subjects' places beside every conditioning entry; whether any entry holds one."""
         ledger = {digest: section for ledger in self.ledgers for digest, section in ledger.sections.items()}
         found = {kind: [entry_placements(entry, ledger) for entry in entries] for kind, entries in guider.conds.items()}
-        present = {p.placeholder for rows in found.values() for entry in rows for row in entry for p in row}
+        placements = [p for rows in found.values() for entry in rows for row in entry for p in row]
+        present = {p.placeholder for p in placements}
+        ambiguous = {p.placeholder for p in placements if p.ambiguous}
         for subject in subjects:
-            if subject.placeholder in present:
+            if subject.placeholder in ambiguous:
+                warn(
+                    f"{subject.placeholder} stands in a part of the prompt that another node joined to the rest. The "
+                    "same words were encoded with another subject or strength also, and there is no telling which is "
+                    "meant: the last is used. Write both into one prompt, or give each a class_word of its own.",
+                    subject.node_id,
+                )
+            elif subject.placeholder in present:
                 # Also takes the place of a warning of an earlier run.
                 show(f"{subject.placeholder} stands in the prompt.", subject.node_id)
             else:
@@ -83,28 +91,30 @@ class Personalization:
         regions = region_masks(subjects, noise.shape[-2:])
         for kind, entries in guider.conds.items():
             guider.conds[kind] = [
-                with_places(entry, place_tensor(entry, placements, numbers), regions)
-                for entry, placements in zip(entries, found[kind], strict=True)
+                with_places(entry, place_tensor(entry, rows, numbers), regions)
+                for entry, rows in zip(entries, found[kind], strict=True)
             ]
         return True
 
 
 def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tensor | None:
-    """[1, S, h, w] at the latent's size, or None where no subject has a region."""
+    """[B, S, h, w] at the latent's size, or None where no subject has a region; B is 1, or as many as masks came."""
     if all(subject.region is None for subject in subjects):
         return None
-    masks = [torch.ones(1, 1, *size) if s.region is None else one_mask(s.region) for s in subjects]
-    return torch.cat([F.interpolate(mask, size, mode="area") for mask in masks], dim=1)
-
-
-def one_mask(mask: Tensor) -> Tensor:
-    """The first of the host's masks [H, W] or [B, H, W], as [1, 1, H, W]."""
-    return mask.cpu().float().reshape(-1, 1, *mask.shape[-2:])[:1]
+    masks = [torch.ones(1, *size) if s.region is None else s.region.cpu().float() for s in subjects]
+    fitted = [F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size, mode="area") for mask in masks]
+    count = max(map(len, fitted))
+    return torch.cat([comfy.utils.repeat_to_batch_size(mask, count) for mask in fitted], dim=1)
 
 
 @dataclass
 class Run:
-    """State of one run: nested keys and values by subject, layer and device, and what was reached so far."""
+    """State of one run.
+
+    pairs     nested keys and values by subject and layer, where the adapter is, or with low memory on the CPU
+    copies    of them on the devices of further UNets
+    reached   layers that the sampling went through
+    """
 
     model: ModelPatcher
     subjects: list[AppliedSubject]
@@ -112,7 +122,8 @@ class Run:
     sites: list[Site] = field(init=False)
     reached: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
-    cache: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    copies: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = cross_attention_sites(self.model.model.diffusion_model)
@@ -123,47 +134,28 @@ class Run:
 
     def project(self) -> None:
         """Project every subject's nested keys and values, before the host makes room for the UNet."""
-        eager = [i for i, subject in enumerate(self.subjects) if not subject.low_memory]
-        comfy.model_management.load_models_gpu(list({id(p): p for p in (self.patcher(i) for i in eager)}.values()))
-        progress = comfy.utils.ProgressBar(len(eager) * len(self.sites)) if eager else None
-        for subject in eager:
-            patcher = self.patcher(subject)
-            for layer in range(len(self.sites)):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                pair = self.pair(patcher.model, subject, layer, patcher.load_device)
-                self.cache[subject, layer, patcher.load_device] = pair
-                progress.update(1)
-
-    def patcher(self, subject: int) -> ModelPatcher:
-        return self.subjects[subject].adapter.patcher
-
-    def pair(self, adapter: NestedAdapter, subject: int, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        tokens = self.subjects[subject].tokens.to(device, torch.float32)
+        patchers = [subject.adapter.patcher for subject in self.subjects]
+        comfy.model_management.load_models_gpu(list({id(p): p for p in patchers}.values()))
+        progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))
         dtype = self.model.model.get_dtype_inference()
-        with torch.no_grad():
-            return nested_pair(adapter, layer, tokens, self.sites[layer].heads, dtype)
+        for i, (subject, patcher) in enumerate(zip(self.subjects, patchers, strict=True)):
+            tokens = subject.tokens.to(patcher.load_device, torch.float32)
+            for layer, site in enumerate(self.sites):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                with torch.no_grad():
+                    pair = nested_pair(patcher.model, layer, tokens, site.heads, dtype)
+                self.pairs[i, layer] = tuple(x.cpu() for x in pair) if subject.low_memory else pair
+                progress.update(1)
 
     def nested(self, subject: int, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Kn and Vn of a subject in a layer, on the device and in the precision of its queries."""
-        if self.subjects[subject].low_memory:
-            pair = self.pair(self.resident_adapter(subject, q.device), subject, layer, q.device)
-        else:
+        pair = self.pairs[subject, layer]
+        if pair[0].device != q.device:
+            if self.subjects[subject].low_memory:
+                return tuple(x.to(q.device, q.dtype) for x in pair)
             key = (subject, layer, q.device)
-            if key not in self.cache:
-                self.cache[key] = tuple(
-                    x.to(q.device) for x in self.cache[subject, layer, self.patcher(subject).load_device]
-                )
-            pair = self.cache[key]
+            pair = self.copies[key] = self.copies.get(key) or tuple(x.to(q.device) for x in pair)
         return tuple(x.to(q.dtype) for x in pair)
-
-    def resident_adapter(self, subject: int, device: torch.device) -> NestedAdapter:
-        """The adapter's weights that the host holds beside the model on this device (one UNet a device)."""
-        wanted = self.patcher(subject)
-        for model in (self.model, *self.model.get_additional_models_with_key("multigpu")):
-            for patcher in model.get_additional_models_with_key(KEY):
-                if patcher.clone_base_uuid == wanted.clone_base_uuid and patcher.load_device == device:
-                    return patcher.model
-        return wanted.model
 
     def install(self, model_options: dict[str, Any]) -> None:
         """Patch the layers in the run's own copy of the model's options, around whatever other packs put there."""
@@ -186,6 +178,8 @@ class Run:
         # transformer_options is the sixth argument of the host's apply_model.
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
         call = None if self.recording is None else self.recording.call(self, args[0], options)
+        if regions is not None:
+            regions = regions.to(args[0].device)  # which the host does only further in
         layout = read_layout(places, regions, self.active(options), call)
         options = {**options, KEY: layout}
         if len(args) > 5:

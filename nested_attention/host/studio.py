@@ -91,27 +91,36 @@ class StudioText(sd1_clip.SDClipModel):
 
 def load_studio(folder: Path = WEIGHTS) -> Base:
     """The whole small model. Raises AdapterFileError where its file cannot be read."""
-    state, _ = read_weights(str(folder / FILE))
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        part, name = key.split(".", 1)
-        parts.setdefault(part, {})[name] = value.float() if value.is_floating_point() else value
+    parts = read_parts(folder)
     return Base(
-        diffusion_model(parts["unet"]),
+        diffusion_model(folder),
         text_encoder(parts["text"], parts["words"]["ids"], parts["words"]["unknown"]),
         pixel_latents(),
         image_encoder(parts["vision"]),
     )
 
 
-def diffusion_model(state: dict[str, Tensor]) -> Any:
+def read_parts(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each part by name, in fp32."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_weights(str(folder / FILE))[0].items():
+        part, name = key.split(".", 1)
+        parts.setdefault(part, {})[name] = value.float() if value.is_floating_point() else value
+    return parts
+
+
+def diffusion_model(folder: Path, disable_dynamic: bool = False) -> Any:
+    """The UNet as a model of the host, which can make further ones by itself."""
+    state = read_parts(folder)["unet"]
     config = StudioModel(UNET)
     config.set_inference_dtype(torch.float32, None)
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model({}, device=offload)
-    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
-    model.load_model_weights(dict(state), "", assign=patcher.is_dynamic())
+    make = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = make(model, load_device=device, offload_device=offload)
+    model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (diffusion_model, (folder,))
     return patcher
 
 

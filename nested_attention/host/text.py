@@ -210,7 +210,7 @@ def record(states: Tensor, places: dict[Place, float], length: int) -> list[Sect
             )
     sections = []
     for i, part in enumerate(states[0].split(length)):
-        marks = [Mark(p, c, weight, part[c].detach().cpu()) for (s, c, p), weight in places.items() if s == i]
+        marks = [Mark(p, c, weight, part[c].detach().cpu().clone()) for (s, c, p), weight in places.items() if s == i]
         sections.append(Section(digest(part), length, tuple(marks)))
     return sections
 

@@ -21,6 +21,12 @@ def test_combine():
     assert torch.equal(combine(A, B, "blend", 0.0).tokens, A.tokens)
     torch.testing.assert_close(combine(A, B, "blend", 1.0).tokens, B.tokens)
     torch.testing.assert_close(combine(A, B, "blend", 0.25).tokens, 0.75 * A.tokens + 0.25 * B.tokens)
+    half = Subject(B.tokens.half(), "f1")  # as an adapter on a GPU may make it
+    assert (
+        combine(A, half, "blend", 0.5).tokens.dtype
+        == combine(A, half, "concatenate", 0.5).tokens.dtype
+        == torch.float32
+    )
     with pytest.raises(ValueError, match="different adapters"):
         combine(A, Subject(B.tokens, "f2", "dog.safetensors"), "blend", 0.5)
     with pytest.raises(ValueError, match="these have 4 and 8"):

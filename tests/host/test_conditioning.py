@@ -8,6 +8,7 @@ from comfy_extras.nodes_hooks import SetClipHooks
 from equations import Stands
 from sampling import PLAIN, PROMPT, check, close, encode, sample, text_of
 
+from nested_attention.host.apply import apply_subject
 from nested_attention.host.marks import find_placements
 from nodes import ConditioningAverage, ConditioningConcat, ConditioningZeroOut
 
@@ -20,6 +21,18 @@ def test_concat_both_ways(applied, base_model, sites, person):
         (positive,) = ConditioningConcat().concat(first, second)
         texts = [(text_of(positive), [Stands(person, (column,))])]
         check(model, base_model, sites, texts, positive, negative)
+
+
+def test_concatenated_words_of_two_subjects_cannot_be_told_apart(base_model, base_clip, person, other, caplog):
+    """Their states are the same, and concatenation drops what tells them apart."""
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", class_word="woman")
+    model, clip = apply_subject(model, clip, other, placeholder="<bob>", class_word="woman")
+    anna, bob, negative = (encode(clip, text) for text in ("a <anna>", "a <bob>", "bad"))
+    sample(model, anna, bob)
+    assert "no telling" not in caplog.text
+    (positive,) = ConditioningConcat().concat(encode(clip, "two women"), anna)
+    sample(model, positive, negative)
+    assert "<bob> stands in a part of the prompt that another node joined" in caplog.text
 
 
 def test_average(applied, base_model, sites, person, caplog):

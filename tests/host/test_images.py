@@ -49,6 +49,18 @@ def test_alpha_and_mask_leave_the_rest_grey(photo):
     assert torch.equal(as_rgb(photo, torch.zeros(1, 64, 64)), photo)  # what Load Image gives beside a picture
 
 
+def test_masks_of_a_batch(photo):
+    """One for each or one for all; an empty one is none."""
+    photos, half = photo.expand(3, -1, -1, -1), torch.zeros(1, *photo.shape[1:3])
+    half[:, :, :256] = 1
+    one, none = as_rgb(photo, half), torch.zeros_like(half)
+    assert torch.equal(as_rgb(photos, torch.cat([half, none, half])), torch.cat([one, photo, one]))
+    assert torch.equal(as_rgb(photos, half), one.expand(3, -1, -1, -1))
+    for pictures, count in ((photos, 2), (photo, 3)):
+        with pytest.raises(ValueError, match=f"{count} masks for {len(pictures)} pictures"):
+            as_rgb(pictures, half.expand(count, -1, -1))
+
+
 def test_empty_picture_is_said():
     with pytest.raises(ValueError, match="image is empty"):
         as_rgb(torch.zeros(0, 64, 64, 3))

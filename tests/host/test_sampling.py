@@ -301,6 +301,21 @@ def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
     check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=latent)
 
 
+def test_a_region_for_each_picture_of_a_batch(base_model, base_clip, person):
+    """As many masks as pictures; the first where there is one picture."""
+    masks = torch.stack([half(8, 8, "left"), half(8, 8, "right")])
+    latent = noise(batch=2, size=(8, 8))
+
+    def drawn(region, latent):
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", region=region)
+        return sample(model, encode(clip, PROMPT), encode(clip, "bad"), latent=latent)
+
+    both = drawn(masks, latent)
+    for i in range(2):
+        close(both[i : i + 1], drawn(masks[i], latent)[i : i + 1])
+    assert torch.equal(drawn(masks, latent[:1]), drawn(masks[:1], latent[:1]))
+
+
 @pytest.fixture
 def two_women(base_model, base_clip, person, other):
     """Two subjects of one class word, as model and CLIP made with these choices for the first and the second."""

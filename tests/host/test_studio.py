@@ -11,7 +11,7 @@ from PIL import Image
 from nested_attention.host.adapters import BoundSubject, load_adapter, nested_tokens
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.images import encode
-from nested_attention.host.studio import WEIGHTS, load_studio
+from nested_attention.host.studio import WEIGHTS, diffusion_model, load_studio
 from nested_attention.subject import Subject
 from scripts.environment import ROOT
 
@@ -72,3 +72,14 @@ def test_all_weights_are_small(base):
     assert len(files) == 3
     assert sum(path.stat().st_size for path in files) < 30e6
     assert sum(p.numel() for p in base.model.model.parameters()) < 5e6
+
+
+def test_the_host_can_make_it_again(base):
+    """For training, hooks and several GPUs it needs the model anew, from its file."""
+    for again in (
+        base.model.deepclone_multigpu(new_load_device=torch.device("cpu")).model,
+        diffusion_model(WEIGHTS, disable_dynamic=True).model,
+    ):
+        assert again is not base.model.model
+        for mine, theirs in zip(again.parameters(), base.model.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)

@@ -165,3 +165,17 @@ def test_prompt_in_words(clip):
         "Subjects: <person> at column 2 of section 1, strength 1.3",
     ]
     assert describe_prompt(clip, "").endswith("CLIP-L section 1: empty\nSubjects: none")
+
+
+def test_prompt_for_another_kind_of_encoder():
+    class Tokenizer:
+        clip_t5xxl = None
+
+        def tokenize_with_weights(self, text):
+            return {"t5xxl": [[(1, 1.0)]]}
+
+    class Clip:
+        tokenizer = Tokenizer()
+
+    with pytest.raises(ValueError, match="needs CLIP text encoders.*t5xxl"):
+        describe_prompt(Clip(), "a person")
