@@ -15,6 +15,7 @@ from torch import Tensor
 
 SIZE = 512
 OVERSAMPLING = 4
+FINE = 4.0  # pixels of sigma, to which wider blurs are brought
 
 
 def parse_faces(text: str) -> list[Tensor]:
@@ -143,13 +144,21 @@ def depth(n: int, before: int, after: int, like: Tensor) -> Tensor:
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, with the border repeated outwards."""
+    """Gaussian blur, with the border repeated outwards.
+
+    A wide one is made on a smaller picture: the same to the eye, and some backends unfold a kernel into gigabytes.
+    """
+    (height, width), factor = image.shape[:2], max(int(sigma / FINE), 1)
+    sigma /= factor
     reach = max(int(4 * sigma + 0.5), 1)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=image.device) / max(sigma, 1e-6)) ** 2)
     kernel = (kernel / kernel.sum()).to(image.dtype)
-    planes = F.pad(image.movedim(-1, 0)[:, None], (reach,) * 4, mode="replicate")
+    ends = factor * (reach + 1)
+    beyond = (ends, ends + -width % factor, ends, ends + -height % factor)
+    planes = F.avg_pool2d(F.pad(image.movedim(-1, 0)[:, None], beyond, mode="replicate"), factor)
     planes = F.conv2d(F.conv2d(planes, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return planes[:, 0].movedim(0, -1)
+    planes = F.interpolate(planes, scale_factor=factor, mode="bilinear")
+    return planes[:, 0, factor : factor + height, factor : factor + width].movedim(0, -1)
 
 
 def warp(image: Tensor, square: Tensor, size: int) -> Tensor:

@@ -66,9 +66,15 @@ def norm_over_heads(x: Tensor) -> Tensor:
 
 def per_query_values(q: Tensor, token: NestedToken) -> Tensor:
     """v*, [B, H, N, D]: what the subject is at each image position (eq. 1)."""
-    b, _, _, d = q.shape
-    keys, values = (x.expand(b, *x.shape[1:]) for x in (token.keys, token.values))
-    return F.scaled_dot_product_attention(q, keys, values, scale=d**-0.5)
+    keys, values = (x.expand(len(q), *x.shape[1:]) for x in (token.keys, token.values))
+    return fused_attention(q, keys, values)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention, [B, H, N, D]."""
+    if q.device.type == "mps" and q.dtype == torch.float16:  # there it multiplies before it scales, and overflows
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def has_fused_lse(q: Tensor) -> bool:
@@ -80,7 +86,7 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | No
     """Plain attention [B, H, N, D] over the text, and the log-sum-exp [B, H, N] of its logits where that is free."""
     if has_fused_lse(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=q.shape[-1] ** -0.5)
-    return F.scaled_dot_product_attention(q, k, v), None
+    return fused_attention(q, k, v), None
 
 
 def at_columns(x: Tensor, tokens: list[NestedToken], dim: int) -> Tensor:
@@ -143,7 +149,9 @@ def swap_values(out: Tensor, q: Tensor, p: Tensor, v_s: Tensor, token: NestedTok
     # Only `out` changes in place: the rest is kept for gradients. One pass a term, and none makes a tensor of its size.
     star = per_query_values(q, token)
     scale = norm_scale(star, norm_over_heads(v_s), token)
-    out.addcmul_(star, (p * scale).sum(-1, keepdim=True).to(star.dtype))
+    # Where v* is 0 the scale is beyond fp16, and infinity times 0 would be no number.
+    weight = (p * scale).sum(-1, keepdim=True).clamp_max(torch.finfo(star.dtype).max)
+    out.addcmul_(star, weight.to(star.dtype))
     for part, shared in zip(p.to(v_s.dtype).split(1, dim=-1), v_s.split(1, dim=2), strict=True):
         out.addcmul_(part, shared, value=-1)
 

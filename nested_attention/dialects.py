@@ -128,7 +128,7 @@ def split_projection(name: str) -> tuple[str, str | None]:
 def diffusers_order(container: str) -> tuple[int, ...]:
     """Sort key: down, up, mid where blocks are named, the numbers in the name otherwise."""
     section = next((i for i, word in enumerate(("down_blocks", "up_blocks", "mid_block")) if word in container), 0)
-    return section, *(int(number) for number in re.findall(r"(?<=\.)\d+|^\d+", container))
+    return section, *(int(number) for number in re.findall(r"(?<=[._])\d+|^\d+", container))
 
 
 def infer_config(resampler: Mapping[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> AdapterConfig:

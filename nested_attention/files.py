@@ -18,7 +18,7 @@ from .dialects import METADATA_KEY, AdapterFileError, canonical
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Content and metadata of a .safetensors file, or of a .bin or .pt file, which is read with weights_only."""
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix.lower() in (".safetensors", ".sft"):
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     return torch.load(path, map_location="cpu", weights_only=True), {}

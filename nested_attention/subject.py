@@ -67,6 +67,8 @@ def load_subject(path: str | Path) -> Subject:
                     f"{Path(path).name} is no saved subject (its tensors: {', '.join(list(file.keys())[:4])}). "
                     "Choose a file written by Save Subject."
                 )
-            return Subject(file.get_tensor("tokens"), metadata["adapter"], metadata["adapter_name"])
+            # Windows has other separators, and files are shared.
+            name = metadata["adapter_name"].replace("\\", "/")
+            return Subject(file.get_tensor("tokens"), metadata["adapter"], name)
     except SafetensorError as error:
         raise ValueError(f"{Path(path).name} cannot be read as a saved subject: {error}") from error

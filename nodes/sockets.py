@@ -47,15 +47,21 @@ def full_path(folder: str, name: str) -> str:
 
 
 def new_file(folder: str, prefix: str) -> tuple[str, str]:
-    """A path of a model folder where nothing is yet, numbered as the host's savers do, and its name in the folder."""
+    """A path of a model folder where nothing is yet, numbered as the host's savers do, and its name in the folder.
+
+    Raises ValueError for an empty name.
+    """
+    if not prefix.strip(" ./\\"):
+        raise ValueError("The file has no name: write one at filename_prefix, such as anna or friends/anna.")
     root = folder_paths.get_folder_paths(folder)[0]
     os.makedirs(root, exist_ok=True)
-    place, name, number, _, _ = folder_paths.get_save_image_path(prefix, root)
+    # The host finds earlier numbers only by a prefix that is written as it writes it.
+    place, name, number, _, _ = folder_paths.get_save_image_path(os.path.normpath(prefix.strip()), root)
     path = os.path.join(place, f"{name}_{number:05}_.safetensors")
     return path, os.path.relpath(path, root)
 
 
-def modified(folder: str, name: str) -> float:
-    """Changes when the file does, so that the host reads it again."""
-    path = folder_paths.get_full_path(folder, name)
+def modified(folder: str, name: str | None) -> float:
+    """Changes when the file does, so that the host reads it again. The host gives no name where the input is linked."""
+    path = folder_paths.get_full_path(folder, name) if name else None
     return os.path.getmtime(path) if path else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import folder_paths
 from comfy_api.latest import io, ui
 
 from ..nested_attention.host.adapters import BoundSubject, bind, load_adapter, nested_tokens
@@ -140,8 +141,10 @@ class LoadSubject(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, subject_name: str, **_: object) -> float:
-        return modified(SUBJECTS, subject_name)
+    def fingerprint_inputs(cls, subject_name: str | None, **_: object) -> str:
+        path = folder_paths.get_full_path(SUBJECTS, subject_name) if subject_name else None
+        maker = load_subject(path).adapter_name if path else None
+        return f"{modified(SUBJECTS, subject_name)} {modified(ADAPTERS, maker)}"
 
     @classmethod
     def execute(cls, subject_name: str, adapter=None) -> io.NodeOutput:

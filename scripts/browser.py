@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ class Canvas:
         """Drop a workflow file on the canvas and wait until its nodes are there."""
         ids = sorted(str(node["id"]) for node in read_graph(path)["nodes"])
         self.page.evaluate(DROP, [path.name, path.read_text(encoding="utf-8")])
-        self.page.wait_for_function(OPENED, arg=[path.stem, _json(ids)])
+        self.page.wait_for_function(OPENED, arg=[path.stem, json.dumps(ids, separators=(",", ":"))])
         self.fit()
 
     def fit(self, *node_ids: int) -> None:
@@ -154,8 +155,3 @@ def open_canvas(client: Client, **context: Any) -> Iterator[Canvas]:
             yield canvas
         finally:
             browser.close()
-
-
-def _json(ids: list[str]) -> str:
-    """As JSON.stringify writes a list of strings."""
-    return "[" + ",".join(f'"{name}"' for name in ids) + "]"

@@ -199,6 +199,8 @@ def _prepare_base(base: Path) -> None:
         return
     if link.is_symlink():
         link.unlink()
+    elif os.name == "nt" and os.path.lexists(link):  # a junction to where the repository was
+        link.rmdir()
     _link(link, ROOT)
 
 

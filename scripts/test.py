@@ -16,7 +16,7 @@ sys.path[0] = str(ROOT)
 
 from scripts.environment import SetupError, ensure_host, say  # noqa: E402
 
-CORE_NEEDS = ("torch", "einops", "safetensors", "pytest", "ruff")
+CORE_NEEDS = ("torch", "einops", "safetensors", "numpy", "PIL", "pytest", "ruff")
 
 
 def main() -> int:

@@ -14,7 +14,8 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
-from torch import nn
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapter import AdapterConfig, NestedAdapter, fingerprint
@@ -39,9 +40,17 @@ class Base:
         found = (self.model.model, self.clip.cond_stage_model, self.clip_vision.model, vae)
         return [module for module in found if isinstance(module, nn.Module)]
 
+    def unpin(self) -> None:
+        """Let go of page-locked weights, which are registered by their addresses. The host locks them again."""
+        parts = (self.clip, self.vae, self.clip_vision)
+        for patcher in (self.model, *(getattr(part, "patcher", None) for part in parts)):
+            if patcher is not None and not patcher.is_dynamic():
+                patcher.unpin_all_weights()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """No weight of these takes a gradient; afterwards all is as it was."""
+        self.unpin()
         for module in self.modules():
             leave_inference_mode(module)
         before = [(p, p.requires_grad) for module in self.modules() for p in module.parameters()]
@@ -119,9 +128,14 @@ def fresh_adapter(config: TrainingConfig, base: Base) -> NestedAdapter:
     with torch.no_grad():
         for site, layer in zip(sites, adapter.layers, strict=True):
             attention = attention_at(unet, site)
-            layer.to_k.weight.copy_(attention.to_k.weight)
-            layer.to_v.weight.copy_(attention.to_v.weight)
+            layer.to_k.weight.copy_(plain(attention.to_k.weight))
+            layer.to_v.weight.copy_(plain(attention.to_v.weight))
     return adapter
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as numbers, also of a checkpoint that keeps them with scales apart."""
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
 def attention_at(unet: nn.Module, site: Site) -> nn.Module:

@@ -59,6 +59,7 @@ def train_in_graph(
     """
     # The host may keep weights elsewhere and fetch them layer by layer, which leaves none to train through.
     base = replace(base, model=base.model.clone(disable_dynamic=True))
+    comfy.model_management.reset_cast_buffers()  # those of sampling were made in inference mode
     watcher = Watcher(comfy.utils.ProgressBar(config.steps), node_id)
     try:
         with torch.inference_mode(False), torch.enable_grad():

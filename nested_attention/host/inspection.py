@@ -69,9 +69,8 @@ def look_at_photos(adapter: LoadedAdapter, clip_vision: Any, images: Tensor, tok
 def number_of(recording: Recording, bound: BoundSubject) -> int:
     """The subject's number in the recorded run. Raises ValueError where it was not in it."""
     for number, subject in enumerate(recording.subjects):
-        if subject.adapter.fingerprint == bound.adapter.fingerprint and torch.equal(
-            subject.tokens, bound.subject.tokens
-        ):
+        same = subject.adapter.fingerprint == bound.adapter.fingerprint
+        if same and torch.equal(subject.tokens.cpu(), bound.subject.tokens.cpu()):
             return number
     names = ", ".join(subject.placeholder for subject in recording.subjects)
     raise ValueError(f"The recorded run holds {names}, but not this subject. Connect the one that Apply Subject has.")

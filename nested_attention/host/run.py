@@ -135,9 +135,12 @@ class Run:
     def project(self) -> None:
         """Project every subject's nested keys and values, before the host makes room for the UNet."""
         patchers = [subject.adapter.patcher for subject in self.subjects]
-        comfy.model_management.load_models_gpu(list({id(p): p for p in patchers}.values()))
-        progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))
         dtype = self.model.model.get_dtype_inference()
+        tokens = sum(subject.tokens.shape[1] for subject in self.subjects if not subject.low_memory)
+        size = 2 * tokens * sum(site.inner for site in self.sites) * dtype.itemsize
+        models = list({id(patcher): patcher for patcher in patchers}.values())
+        comfy.model_management.load_models_gpu(models, memory_required=size)
+        progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))
         for i, (subject, patcher) in enumerate(zip(self.subjects, patchers, strict=True)):
             tokens = subject.tokens.to(patcher.load_device, torch.float32)
             for layer, site in enumerate(self.sites):

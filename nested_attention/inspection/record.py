@@ -70,11 +70,13 @@ class Record:
 
     def add_queries(self, layer: int, size: tuple[int, int], q: Tensor, heads: int, textual: dict[int, Tensor]) -> None:
         """Keep queries [h * w, C], in their own precision, in place of the layer's earlier ones."""
+        if layer in self.left_out:
+            return
         before = self.queries.pop(layer, None)
         self.used -= before.bytes if before else 0
         copies = [x.detach().to("cpu", copy=True) for x in (q, *textual.values())]
         queries = Queries(size, copies[0], heads, dict(zip(textual, copies[1:], strict=True)))
-        if layer in self.left_out or self.used + queries.bytes > self.limit:
+        if self.used + queries.bytes > self.limit:
             self.left_out.add(layer)
             return
         self.queries[layer] = queries

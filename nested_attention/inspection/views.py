@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def average(maps: Sequence[Tensor]) -> Tensor:
 
 
 def largest(maps: Sequence[Tensor]) -> tuple[int, int]:
-    return max(((m.shape[0], m.shape[1]) for m in maps), key=lambda size: size[0] * size[1])
+    return max((tuple(m.shape) for m in maps), key=prod)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -46,7 +46,8 @@ def find_host() -> None:
     sys.path.insert(0, str(root))
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()  # before any other import of the host
+    # Before any other import of the host. torch.accelerator, from 2.6 on, also knows of others than CUDA.
+    args.cpu = not getattr(torch, "accelerator", torch.cuda).is_available()
 
 
 def distribute() -> None:

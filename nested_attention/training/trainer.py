@@ -73,15 +73,20 @@ class Trainer:
         self.rank, self.processes = world()
         self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
         self.project: nn.Module = Projector(adapter)
         if self.processes > 1:
             self.project = nn.parallel.DistributedDataParallel(self.project, broadcast_buffers=False)
+            for buffer in adapter.buffers():
+                dist.broadcast(buffer, 0)
         groups = self.groups()
         self.factors = [factor for factor, _ in groups]
         self.optimizer = torch.optim.AdamW(
-            [{"params": members} for _, members in groups], config.learning_rate, weight_decay=config.weight_decay
+            [{"params": members} for _, members in groups],
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or None,  # others make a copy of all moments in each step
         )
-        self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0
         self.checkpoint = Path(config.output) / "checkpoint.pt"
@@ -110,7 +115,7 @@ class Trainer:
                 try:
                     loss, stopped = self.train_step(batches, stop())
                     self.note(progress, loss)
-                except (BrokenEntry, *interrupts):
+                except (BrokenEntry, torch.OutOfMemoryError, *interrupts):
                     if self.step:
                         self.keep(progress)
                     raise

@@ -144,6 +144,16 @@ def rivals(subjects, competition, **settings):
     return [token(subjects[i], (1 + 3 * i,), subject=i, competition=competition, **settings) for i in range(2)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_of_zero_are_a_number(dtype):
+    """As of a layer whose nested projection is zero: there is nothing to rescale."""
+    q, k, v = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (5, 3, 4))
+    k, v = k[:, :, :3], v[:, :, :3]
+    nothing = NestedToken((1,), torch.zeros(1, 2, 6, 8, dtype=dtype), torch.zeros(1, 2, 6, 8, dtype=dtype))
+    out = attention.personalize(attention.text_attention(q, k, v)[0], q, k, v, [nothing])
+    assert out.isfinite().all()
+
+
 def test_without_competition_or_rivals_nothing_changes():
     q, k, v, subjects = problem()
     plain = fast(q, k, v, [[token(subjects[0], (1,)), token(subjects[1], (4,))]] * B)

@@ -66,6 +66,7 @@ DIALECTS = {
         "{path}.attn2.processor.to_k_nested.weight",
         "{path}.attn2.processor.to_v_nested.weight",
     ),
+    "underscores": ("qformer.", "nested_{odd}.to_k.weight", "nested_{odd}.to_v.weight"),
     "no prefix": ("", "ip_adapter.{odd}.to_k_ip.weight", "ip_adapter.{odd}.to_v_ip.weight"),
 }
 
@@ -204,3 +205,8 @@ def test_fingerprint_tells_weights_apart(adapter):
     state = adapter.state_dict()
     changed = {**state, "layers.0.to_k.weight": state["layers.0.to_k.weight"] + 1e-3}
     assert fingerprint(state) == fingerprint(dict(reversed(state.items()))) != fingerprint(changed)
+
+
+def test_fingerprint_of_large_tensors():
+    """Of CLIP-L's token embedding, say; counted in fp32, its last place is one beyond the end."""
+    assert len(fingerprint({"x": torch.zeros(1).expand(49408, 768)})) == 16

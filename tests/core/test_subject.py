@@ -42,6 +42,11 @@ def test_round_trip(tmp_path):
     )
 
 
+def test_saved_on_windows(tmp_path):
+    save_subject(Subject(A.tokens, "f1", "faces\\person.safetensors"), tmp_path / "a.safetensors")
+    assert load_subject(tmp_path / "a.safetensors").adapter_name == "faces/person.safetensors"
+
+
 def test_not_a_subject(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no saved subject .*weight"):

@@ -4,7 +4,6 @@ import ast
 import json
 import math
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -122,6 +121,7 @@ def test_going_on_with_other_settings_is_said(tmp_path, caplog, schedule, now, s
 @contextmanager
 def full_disk(at: int = 4096):
     """No file can grow beyond some bytes: writing fails in the middle, as on a full disk."""
+    resource = pytest.importorskip("resource")  # which Windows lacks
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (at, limits[1]))
     try:

@@ -232,11 +232,12 @@ def test_combine(pack, adapter):
 
 def test_save_and_load(pack, adapter):
     subject, _ = encode_subject(pack, adapter)
-    saved = [
-        pack["NestedAttentionSaveSubject"].execute(subject=subject, filename_prefix="friends/anna").ui.value
-        for _ in range(2)
-    ]
+    save = pack["NestedAttentionSaveSubject"]
+    saved = [save.execute(subject=subject, filename_prefix=f"friends/anna{end}").ui.value for end in ("", "/")]
     assert saved == [f"Saved as {Path('friends', f'anna_0000{i}_.safetensors')}" for i in (1, 2)]
+    for empty in ("", " ", "./"):
+        with pytest.raises(ValueError, match="The file has no name"):
+            save.execute(subject=subject, filename_prefix=empty)
     load = pack["NestedAttentionLoadSubject"]
     name = str(Path("friends", "anna_00001_.safetensors"))
     assert name in load.define_schema().inputs[0].options
@@ -247,11 +248,22 @@ def test_save_and_load(pack, adapter):
 
 
 def test_a_changed_file_is_read_again(pack, adapter):
-    node = pack["NestedAttentionLoadAdapter"]
-    before = node.fingerprint_inputs(adapter_name="person.safetensors", feature_layer="", norm="")
+    """A subject's adapter file also. Where a name comes through a link, the host gives none here."""
+    subject, _ = encode_subject(pack, adapter)
+    shown = pack["NestedAttentionSaveSubject"].execute(subject=subject, filename_prefix="changed").ui.value
+    load_adapter, load_subject = (pack[f"NestedAttentionLoad{kind}"] for kind in ("Adapter", "Subject"))
+
+    def read():
+        names = {"adapter_name": "person.safetensors"}, {"subject_name": shown.removeprefix("Saved as ")}
+        return [n.fingerprint_inputs(**name) for n, name in zip((load_adapter, load_subject), names, strict=True)]
+
+    before = read()
+    assert read() == before
     path = Path(folder_paths.get_full_path("nested_attention", "person.safetensors"))
     path.touch()
-    assert node.fingerprint_inputs(adapter_name="person.safetensors", feature_layer="", norm="") != before
+    assert all(a != b for a, b in zip(before, read(), strict=True))
+    assert load_adapter.fingerprint_inputs(adapter_name=None) == load_adapter.fingerprint_inputs(adapter_name=None)
+    assert load_subject.fingerprint_inputs(subject_name=None) == load_subject.fingerprint_inputs(subject_name=None)
 
 
 @pytest.fixture

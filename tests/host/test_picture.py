@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nested_attention import alignment
 from nested_attention.alignment import cut_square, parse_faces, square_of
 from nested_attention.crop import area_of, crop_of, cut
 from nested_attention.host.faces import EYES, MOUTH, find_faces
@@ -171,6 +172,16 @@ def area(rows, columns, height=60, width=100):
 def test_crops(rows, columns, margin, square, expected):
     found = crop_of(area(rows, columns), margin, square)
     assert tuple(x for part in found for x in (part.start, part.stop)) == expected
+
+
+@pytest.mark.parametrize("sigma", [9.0, 40.0])
+def test_wide_blurs_are_gaussian(sigma, monkeypatch):
+    """Made on a smaller picture, they are the same as without."""
+    picture = alignment.resize(torch.rand(20, 30, 3, generator=torch.Generator().manual_seed(0)), 160, 240)
+    fast = alignment.blur(picture, sigma)
+    monkeypatch.setattr(alignment, "FINE", 1e9)
+    slow = alignment.blur(picture, sigma)
+    assert (fast - slow).abs().max() < 2 / 255
 
 
 def test_backgrounds():

@@ -9,6 +9,7 @@ import comfy.model_sampling
 import comfy.samplers
 import pytest
 import torch
+from comfy.quant_ops import QuantizedTensor
 from equations import Stands, expected_model
 from PIL import Image
 from reference import nested_attention
@@ -152,6 +153,18 @@ def test_training_forward_is_samplings_forward(base, folder, tmp_path):
             column = next(c for c, (token, *_) in enumerate(column) if hasattr(token, "nested_placeholder"))
             equations = expected_model(base.model, objective.sites, [(positive[0][0][0], [Stands(bound, (column,))])])
             torch.testing.assert_close(sampled, denoised(equations, positive, *step), rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_for_a_quantized_model(base, folder, monkeypatch):
+    """Its weights are small numbers and scales, which a plain weight cannot copy."""
+    kept = fresh_adapter(settings(folder), base)
+    attention = attention_at(
+        base.model.model.diffusion_model, cross_attention_sites(base.model.model.diffusion_model)[0]
+    )
+    quantized = QuantizedTensor.from_float(attention.to_k.weight.detach(), "TensorCoreFP8Layout")
+    monkeypatch.setitem(attention.to_k._parameters, "weight", torch.nn.Parameter(quantized, requires_grad=False))
+    first = fresh_adapter(settings(folder), base).layers[0].to_k.weight
+    torch.testing.assert_close(first, kept.layers[0].to_k.weight, rtol=0.07, atol=1e-3)
 
 
 def test_sizes_are_told():
