@@ -136,8 +136,8 @@ class Run:
         """Project every subject's nested keys and values, before the host makes room for the UNet."""
         patchers = [subject.adapter.patcher for subject in self.subjects]
         dtype = self.model.model.get_dtype_inference()
-        tokens = sum(subject.tokens.shape[1] for subject in self.subjects if not subject.low_memory)
-        size = 2 * tokens * sum(site.inner for site in self.sites) * dtype.itemsize
+        kept = sum(subject.tokens.shape[1] for subject in self.subjects if not subject.low_memory)
+        size = 2 * kept * sum(site.inner for site in self.sites) * dtype.itemsize
         models = list({id(patcher): patcher for patcher in patchers}.values())
         comfy.model_management.load_models_gpu(models, memory_required=size)
         progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))

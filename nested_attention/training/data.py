@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,7 @@ class Reader:
     def __call__(self, row: Row) -> Sample:
         members = self.plan.buckets[row.bucket]
         start = members.index(row.entry)
-        others = (i for i in range(len(self.entries)) if i not in members)
-        for entry in (*members[start:], *members[:start], *others):
+        for entry in chain(members[start:], members[:start], range(len(self.entries))):
             if entry in self.broken:
                 continue
             try:
