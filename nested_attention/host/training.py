@@ -234,8 +234,6 @@ def told_sizes(sample: Sample) -> dict[str, int]:
     So it is for pictures at least as large. Smaller ones are blurred, and others lack a part at the sides: where that
     is told, the adapter does not learn it.
     """
-    if sample.size is None:
-        return {}
     resized, (left, top) = covering(sample.size, sample.row.bucket)
     width, height = map(min, sample.size, resized)
     target_width, target_height = sample.row.bucket

@@ -10,7 +10,7 @@ import torch
 
 from ..files import write_atomically
 
-FORMAT = 1
+FORMAT = 2  # 1 had the moments of the Q-Former last
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

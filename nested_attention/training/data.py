@@ -88,14 +88,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a row trains on: the whole picture [1, H, W, C], which was of some size, the subject's crop, the caption."""
+    """What a row trains on.
+
+    picture   the whole picture at its bucket's size, [1, H, W, C]; `size` is what its file has
+    crop      the subject's, [1, h, w, C]
+    subject   False: to be read as nobody in particular
+    """
 
     row: Row
     picture: Tensor
     crop: Tensor
     caption: str
+    size: Size
     subject: bool = True
-    size: Size | None = None
 
 
 def stable_hash(*parts: Any) -> int:
@@ -273,4 +278,4 @@ class Reader:
             crop = vary(crop, config.augment, row.generator("vary"))
         no_caption, no_subject = torch.rand(2, generator=row.generator("dropout")).tolist()
         caption = config.placeholder if no_caption < config.caption_dropout else entry.caption
-        return Sample(row, cover(picture, row.bucket), crop, caption, no_subject >= config.subject_dropout, entry.size)
+        return Sample(row, cover(picture, row.bucket), crop, caption, entry.size, no_subject >= config.subject_dropout)

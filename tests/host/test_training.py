@@ -170,9 +170,7 @@ def test_an_adapter_for_a_quantized_model(base, folder, monkeypatch):
 def test_sizes_are_told():
     """The host's own default for pictures that fill their bucket; else what is blurred, and what lies outside."""
     row = Row(0, (64, 64), 0)
-    told = {
-        size: told_sizes(Sample(row, None, None, "", size=size)) for size in ((64, 64), (128, 128), (32, 24), (96, 64))
-    }
+    told = {size: told_sizes(Sample(row, None, None, "", size)) for size in ((64, 64), (128, 128), (32, 24), (96, 64))}
     full = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
     assert told[64, 64] == told[128, 128] == full
     assert told[32, 24] == {**full, "width": 32, "height": 24, "crop_w": 10}

@@ -42,7 +42,7 @@ class ToyReader:
     def __call__(self, row) -> Sample:
         picture = torch.randn(1, 6, 16, generator=row.generator("noise"), dtype=torch.float64)
         crop = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(row.entry), dtype=torch.float64)
-        return Sample(row, picture, crop, "<person>")
+        return Sample(row, picture, crop, "<person>", self.entries[row.entry].size)
 
 
 def objective(project, samples):
