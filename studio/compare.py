@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ DRAWING = {
     "from 20 % of the steps on": {"start_percent": 0.2},
     "until 50 % of the steps": {"end_percent": 0.5},
 }
+PLAIN = {"none": "no subject", "told": "told in words"}  # their names in a gallery
 SHOWN = 6  # cases of a gallery
 
 
@@ -85,12 +85,21 @@ class Comparison:
         chosen = [case for pair in pairs for case in pair]
 
         def rows(way: tuple[Method, Method], strength: float) -> Rows:
-            parts = [part for pair in pairs for part in evidence.draw_two(self.base, way, pair, strength)]
+            pictures = [evidence.draw_two(self.base, way, pair, strength) for pair in pairs]
+            parts = [part for picture in pictures for part in evidence.around_each(picture)]
             return evidence.score(self.world, self.judge, chosen, torch.stack(parts))
 
         out = self.results / "two-people-seed-0.json"
         real = partial(evidence.ceiling_of_two, self.world, self.judge, 2 * len(chosen))
         evidence.run({name: partial(rows, way) for name, way in ways.items()}, real, out, (1.0,))
+        shown = [
+            (
+                [case.photos["people"][0] for case in pair],
+                {PLAIN.get(name, name): evidence.draw_two(self.base, way, pair) for name, way in ways.items()},
+            )
+            for pair in pairs[:SHOWN]
+        ]
+        gallery(shown, self.docs / "two_people.png")
 
     def training(self, files: Mapping[str, Path]) -> None:
         """One person, by adapters that were trained in other ways."""
@@ -100,6 +109,7 @@ class Comparison:
         """One person, by one adapter that is applied in other ways."""
         ways = {name: nested(person, **choices) for name, choices in DRAWING.items()}
         self.score("drawing", 0, ways, PEOPLE, (1.0,))
+        self.show("drawing", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE)
         self.score("photos", 0, {"three photos": nested(person)}, PEOPLE, (1.0,), photos=3)
 
     @property
@@ -125,6 +135,13 @@ class Comparison:
         real = partial(evidence.ceiling, self.world, self.judge, 4 * len(chosen), kinds)
         evidence.run({name: partial(rows, way) for name, way in ways.items()}, real, out, strengths or STRENGTHS)
 
-    def show(self, name: str, ways: Mapping[str, tuple[Any, float]], kinds: Sequence[str]) -> None:
-        plain = {"no subject": (nobody, 1.0), "told in words": (told(self.world), 1.0)}
-        gallery(self.base, plain | ways, cases(self.world, SHOWN, 0, kinds), self.docs / f"{name}.png")
+    def show(self, name: str, ways: Mapping[str, tuple[Method, float]], kinds: Sequence[str]) -> None:
+        every = {PLAIN[plain]: (way, 1.0) for plain, way in self.plain.items()} | dict(ways)
+        shown = [
+            (
+                [photos[0] for photos in case.photos.values()],
+                {name: evidence.draw(self.base, way, case, strength) for name, (way, strength) in every.items()},
+            )
+            for case in cases(self.world, SHOWN, 0, kinds)
+        ]
+        gallery(shown, self.docs / f"{name}.png")

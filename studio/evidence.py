@@ -155,12 +155,12 @@ def sample(base: Base, model: Any, positive: list[Any], negative: list[Any], see
 
 
 @torch.inference_mode()
-def draw_two(base: Base, ways: tuple[Method, Method], pair: tuple[Case, Case], strength: float) -> list[Tensor]:
-    """Two people in one picture, by one prompt; what is around each, as large as somebody alone."""
+def draw_two(base: Base, ways: tuple[Method, Method], pair: tuple[Case, Case], strength: float = 1.0) -> Tensor:
+    """Two people in one picture [3, 64, 64], by one prompt."""
     model, clip, left = ways[0](base, pair[0], strength)
     model, clip, right = ways[1](replace(base, model=model, clip=clip), pair[1], strength)
     prompt = f"{left.removesuffix(' ' + places.NAMES[place_of(pair[0])])} and {right}"
-    return around_each(sample(base, model, encode(clip, prompt), encode(clip, ""), pair[0].seed))
+    return sample(base, model, encode(clip, prompt), encode(clip, ""), pair[0].seed)
 
 
 def around_each(picture: Tensor) -> list[Tensor]:

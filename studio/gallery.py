@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from PIL import Image
 from torch import Tensor
 
-from nested_attention.host.base import Base
 from nested_attention.inspection.drawing import beside, captioned, stacked, to_image
 
-from .evidence import Case, Method, draw
-
-SIDE = 128
+SIDE, WIDTH = 128, 15  # of a picture in pixels, of a line above it in letters
 
 
-def gallery(base: Base, ways: Mapping[str, tuple[Method, float]], cases: list[Case], path: Path) -> None:
-    """A row for each case: its photos, then what each way and strength draws."""
+def gallery(cases: Iterable[tuple[Sequence[Tensor], Mapping[str, Tensor]]], path: Path) -> None:
+    """A row for each case: its photos [H, W, 3], then the pictures [3, H, W] by the names of their ways."""
     rows = []
-    for i, case in enumerate(cases):
-        photos = {"photo" if j == 0 else "": photo[0] for j, photo in enumerate(case.photos.values())}
-        drawn = {name: draw(base, method, case, strength).movedim(0, -1) for name, (method, strength) in ways.items()}
-        shown = {name: large(picture) for name, picture in (photos | drawn).items()}
-        rows.append(beside([captioned(p, name) if i == 0 else p for name, p in shown.items()]))
+    for photos, drawn in cases:
+        images = [large(x) for x in (*photos, *(picture.movedim(0, -1) for picture in drawn.values()))]
+        if not rows:
+            names = headings(["photo", *[""] * (len(photos) - 1), *drawn])
+            images = [captioned(image, name) for image, name in zip(images, names, strict=True)]
+        rows.append(beside(images))
     stacked(rows).save(path)
+
+
+def headings(names: Sequence[str]) -> list[str]:
+    """In as many lines as the longest takes."""
+    lines = [wrap(name, WIDTH) for name in names]
+    height = max(map(len, lines))
+    return ["\n".join([*some, *[""] * (height - len(some))]) for some in lines]
 
 
 def large(picture: Tensor) -> Image.Image:

@@ -202,6 +202,8 @@ scored apart, cut out of one of {pairs_of_people} pictures and enlarged to the s
 
 {two_people}
 
+![Six pairs of people, drawn in all ways](two_people.png)
+
 ## Choices of training
 
 Each trained for {part} steps, drawn at strength 1.
@@ -215,6 +217,8 @@ The person adapter as it ships.
 {drawing}
 
 {photos}
+
+![Six people, drawn with all choices](drawing.png)
 
 How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step:
 

@@ -240,7 +240,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     short = readme.read_text()
     assert short.startswith("Before.") and short.endswith("After.") and "stale" not in short
     assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
-    for picture in ("evidence", "people", "pairs", "inside"):
+    for picture in ("evidence", "people", "pairs", "two_people", "drawing", "inside"):
         assert f"({picture}.png)" in page and (docs / f"{picture}.png").exists()
 
 
