@@ -41,7 +41,7 @@ def train(
     watch: Watch = lambda step, line, picture: None,
     objective: type[DiffusionObjective] = DiffusionObjective,
 ) -> bool:
-    """Train on a base model and write output/adapter.safetensors; whether `stop` did not end it before its last step.
+    """Train on a base model and write output/adapter.safetensors; whether no `stop` ended it before its last step.
 
     start   an adapter to train further, in place of the file `start_from`
     watch   called with each step, its line for the log and the last validation picture (Pillow's), if any
@@ -70,8 +70,9 @@ def train(
             if trainer.step:
                 write_adapter(config, trainer)
             raise
-    if finished and world()[0] == 0:
-        log.info("Done: %s. Put it into ComfyUI's models/nested_attention.", write_adapter(config, trainer))
+    if world()[0] == 0:
+        path = write_adapter(config, trainer)
+        log.info("The adapter of step %d: %s. Put it into ComfyUI's models/nested_attention.", trainer.step, path)
     return finished
 
 

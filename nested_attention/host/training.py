@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,8 +154,9 @@ class DiffusionObjective:
 
     def text(self, sample: Sample, latent: Tensor) -> tuple[dict[str, Any], tuple]:
         """The host's conditioning of a caption; its length, and the subject's columns in it with their weights."""
-        key = cache_key("text", self.identity, sample.caption, self.config.placeholder, self.config.class_word)
-        found = dict(self.cache.get(key, lambda: self.encode(sample.caption)))
+        caption = re.sub(r"(?<!\\)[()]", r"\\\g<0>", sample.caption)  # which would be weights in a prompt
+        key = cache_key("text", self.identity, caption, self.config.placeholder, self.config.class_word)
+        found = dict(self.cache.get(key, lambda: self.encode(caption)))
         places = tuple((int(column), weight) for column, weight in found.pop("places").tolist())
         entries = convert_cond([[found.pop("states"), found]])
         entries[0] |= told_sizes(sample)

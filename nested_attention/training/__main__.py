@@ -29,11 +29,11 @@ def main() -> None:
         finished = train(config, load_base(config), stop=stop_signal())
     except (TrainingError, ValueError, OSError) as error:
         sys.exit(f"Training stopped: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # Not after an error: that would wait for processes which wait for this one. torchrun ends them once it is gone.
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if not finished:
-        sys.exit("Interrupted; the checkpoint holds all steps so far. The same command goes on from there.")
+        sys.exit("Interrupted; checkpoint and adapter hold all steps so far. The same command goes on from there.")
 
 
 def find_host() -> None:

@@ -202,7 +202,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def read_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".toml":
             return json.loads(text)
         import tomllib  # from Python 3.11 on

@@ -146,7 +146,7 @@ def folder_record(image: Path, crop: Path | None) -> dict[str, Any]:
     caption = image.with_suffix(".txt")
     if not caption.exists():
         raise ValueError(f"no caption beside it (expected {caption.name})")
-    return {"image": image, "caption": caption.read_text(encoding="utf-8"), "crop": crop}
+    return {"image": image, "caption": caption.read_text(encoding="utf-8-sig"), "crop": crop}
 
 
 def line_records(path: Path) -> Records:

@@ -6,6 +6,7 @@ All are [1, H, W, C] in 0..1. Reading needs Pillow, which comes with ComfyUI.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -37,7 +38,8 @@ def opened(source: Source) -> Iterator[Any]:
     try:
         with source.open("rb") as file, Image.open(file) as image:
             yield image
-    except (SyntaxError, Image.DecompressionBombError) as error:  # how Pillow speaks of broken and of huge files
+    # How Pillow speaks of broken files, of odd EXIF and of huge pictures.
+    except (SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -59,6 +61,8 @@ def read_picture(source: Source) -> Tensor:
 
 def pixels_of(image: Any) -> Tensor:
     """A picture of Pillow's as [1, H, W, 3], or 4 channels where there is transparency."""
+    if image.mode.startswith("I"):  # 16 bits
+        image = image.convert("I").point(lambda value: value * (1 / 257))
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.reshape(1, image.height, image.width, -1).float() / 255

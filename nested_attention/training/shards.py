@@ -93,7 +93,7 @@ def shard_record(parts: list[Member]) -> dict[str, Any]:
     facts = json.loads(named[".json"].read()) if ".json" in named else {}
     if not isinstance(facts, dict):
         raise ValueError("its .json holds no object")
-    caption = named[".txt"].read().decode() if ".txt" in named else facts.get("caption")
+    caption = named[".txt"].read().decode("utf-8-sig") if ".txt" in named else facts.get("caption")
     if not isinstance(caption, str):
         raise ValueError('no caption (expected a .txt, or a .json with "caption")')
     crop = next((named[f".subject{suffix}"] for suffix in SUFFIXES if f".subject{suffix}" in named), None)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..adapter import NestedAdapter
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -34,14 +37,18 @@ Objective = Callable[[Project, Sequence[Sample]], Tensor]
 class Projector(nn.Module):
     """All of an adapter in one forward, as gradients are averaged between processes around a forward."""
 
-    def __init__(self, adapter: NestedAdapter):
+    def __init__(self, adapter: NestedAdapter, checkpointing: bool = False):
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self.checkpointing = adapter, checkpointing
 
     def forward(self, features: Tensor) -> Pairs:
         """Image features [B, I, image_dim] to each layer's Kn and Vn, [B, M, inner]."""
         tokens = self.adapter.resampler(features)
-        return [layer(tokens) for layer in self.adapter.layers]
+        if not self.checkpointing:
+            return [layer(tokens) for layer in self.adapter.layers]
+        # Autocast would keep the tokens once more for each layer.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return [again(layer, tokens) for layer in self.adapter.layers]
 
 
 def world() -> tuple[int, int]:
@@ -74,9 +81,11 @@ class Trainer:
         self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.project: nn.Module = Projector(adapter)
+        self.project: nn.Module = Projector(adapter, config.gradient_checkpointing)
         if self.processes > 1:
-            self.project = nn.parallel.DistributedDataParallel(self.project, broadcast_buffers=False)
+            self.project = nn.parallel.DistributedDataParallel(
+                self.project, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
             for buffer in adapter.buffers():
                 dist.broadcast(buffer, 0)
         groups = self.groups()
@@ -147,7 +156,7 @@ class Trainer:
 
     def batches(self, stack: ExitStack) -> Iterator[list[Sample]]:
         """This process's part of each micro-batch from the current step on, read ahead in threads."""
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, self.config.prefetch)))
+        pool = stack.enter_context(ThreadPoolExecutor(min(16, os.cpu_count() or 1)))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         number = self.step * self.config.accumulation
         ahead: list[list[Future[Sample]]] = []

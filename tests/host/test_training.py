@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 
 import comfy.model_sampling
@@ -28,8 +29,9 @@ from nested_attention.host.train import make_adapter, split, train
 from nested_attention.host.training import DiffusionObjective, told_sizes
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
-from nested_attention.training.config import TrainingError
+from nested_attention.training.config import TrainingError, from_arguments
 from nested_attention.training.data import Plan, Row, Sample, Troubles, read_dataset
+from nested_attention.training.pictures import picture_size, read_picture
 from nested_attention.training.trainer import Projector
 
 
@@ -276,7 +278,8 @@ def test_resumed_is_uninterrupted(base, folder, tmp_path):
     parts = settings(folder, output=str(tmp_path / "parts"), **changes)
     calls = iter([False, True])
     assert not train(parts, base, stop=lambda: next(calls))
-    assert not (tmp_path / "parts" / "adapter.safetensors").exists()
+    so_far = read_tensors(tmp_path / "parts" / "adapter.safetensors")[1]["training"]
+    assert json.loads(so_far)["steps"] == 2
     assert train(parts, base)
     assert losses(parts) == losses(straight) and len(losses(parts)) == 4
     a, b = (read_tensors(tmp_path / name / "adapter.safetensors") for name in ("straight", "parts"))
@@ -342,6 +345,64 @@ def test_every_kind_of_broken_entry_is_named(folder, tmp_path, caplog):
             read_dataset(config, Troubles("stop"))
     with pytest.raises(TrainingError, match="no usable entry"):
         read_dataset(config, Troubles("skip"))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        [(0x0112, 2, b"6\0\0\0")],  # an orientation in letters
+        [(0x0100, 2, b"80\0\0"), (0x0112, 3, struct.pack("<HH", 6, 0))],  # a width in letters
+    ],
+)
+def test_odd_exif_is_a_broken_picture_at_most(tmp_path, exif):
+    entries = b"".join(struct.pack("<HHI", tag, kind, 1 if kind == 3 else 2) + value for tag, kind, value in exif)
+    data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(exif)) + entries + bytes(4)
+    Image.new("RGB", (80, 40)).save(tmp_path / "odd.jpg", exif=data)
+    for read in (picture_size, read_picture):
+        try:
+            read(tmp_path / "odd.jpg")
+        except (OSError, ValueError) as error:  # what names an entry and leaves it out
+            print(error)
+
+
+def test_sixteen_bits_are_not_white(tmp_path):
+    ramp = torch.arange(0, 65536, 256, dtype=torch.int32).reshape(16, 16)
+    Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "ramp.png")
+    picture = read_picture(tmp_path / "ramp.png")
+    torch.testing.assert_close(picture[0, ..., 0], ramp / 65535, rtol=0, atol=0.005)
+
+
+def test_files_with_a_byte_order_mark(tmp_path):
+    """As Windows' editors write them."""
+    save_picture(tmp_path / "0.png", 0)
+    (tmp_path / "0.txt").write_text("a <person>", encoding="utf-8-sig")
+    [entry] = read_dataset(settings(tmp_path, data=str(tmp_path)), Troubles("stop"))
+    assert entry.caption == "a <person>"
+    (tmp_path / "a.json").write_text('{"data": "d", "output": "o"}', encoding="utf-8-sig")
+    assert from_arguments(["--config", str(tmp_path / "a.json")]).data == "d"
+
+
+def test_parentheses_of_a_caption_are_no_weights(base, folder, monkeypatch):
+    objective, _, [sample, *_] = objective_of(base, settings(folder))
+    seen = []
+    tokenize = objective.clip.tokenize
+    monkeypatch.setattr(objective.clip, "tokenize", lambda text: seen.append(tokenize(text)) or seen[-1])
+    objective.text(replace(sample, caption=r"a <person> (left) of \(it\) at (12:30)"), torch.zeros(1, 4, 8, 8))
+    words, weights = zip(*((token, weight) for token, weight, *_ in seen[0]["l"][0]), strict=True)
+    assert set(weights) == {1.0}
+    bracket = tokenize(r"\(")["l"][0][1][0]
+    assert words.count(bracket) == 3
+
+
+def test_a_checkpointed_projection_has_the_same_gradients(base, folder):
+    adapter = make_adapter(settings(folder), base)
+    features = torch.randn(2, 5, adapter.config.image_dim)
+    found = []
+    for checkpointing in (False, True):
+        adapter.zero_grad()
+        sum(x.square().sum() for pair in Projector(adapter, checkpointing)(features) for x in pair).backward()
+        found.append([p.grad.clone() for p in adapter.parameters() if p.grad is not None])
+    assert len(found[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_broken_files_in_a_folder(tmp_path, caplog):
