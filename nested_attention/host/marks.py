@@ -8,6 +8,7 @@ sections that hold subjects, looked up by content.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -73,23 +74,32 @@ def find_placements(context: Tensor, record: list[Section], ledger: dict[str, Se
 
     `record` is what the conditioning's dictionary says. A section found by content is certain. One that was changed
     in place (averaged, scaled) keeps the marks whose column still resembles what was encoded; a zeroed one loses them.
+    In a batch (of a prompt that travels), those are the marks of rows that were found.
     """
     known = {**ledger, **{section.digest: section for section in record}}
-    return [row_placements(row, known, record if len(context) == 1 else []) for row in context]
-
-
-def row_placements(context: Tensor, known: dict[str, Section], record: list[Section]) -> list[Placement]:
-    length = next((section.length for section in known.values()), len(context))
-    placements = []
-    for i, states in enumerate(context.split(length)):
-        section = known.get(digest(states))
-        if section is not None:
-            marks, ambiguous = section.marks, section.ambiguous
-        else:
-            marks = [mark for mark in record[i].marks if resembles(states, mark)] if i < len(record) else []
-            ambiguous = False
-        placements += [Placement(mark.placeholder, i * length + mark.column, mark.weight, ambiguous) for mark in marks]
+    length = next((section.length for section in known.values()), context.shape[1])
+    rows = [[(part, known.get(digest(part))) for part in row.split(length)] for row in context]
+    beside = [marks_of(column) for column in zip(*rows, strict=True)]
+    supposed = [section.marks for section in record] if len(rows) == 1 else beside
+    placements: list[list[Placement]] = []
+    for row in rows:
+        placements.append([])
+        for i, (states, section) in enumerate(row):
+            if section is None:
+                marks = tuple(mark for mark in supposed[i] if resembles(states, mark)) if i < len(supposed) else ()
+            else:
+                marks = section.marks
+            placements[-1] += [
+                Placement(m.placeholder, i * length + m.column, m.weight, section is not None and section.ambiguous)
+                for m in marks
+            ]
     return placements
+
+
+def marks_of(found: Iterable[tuple[Tensor, Section | None]]) -> tuple[Mark, ...]:
+    """Of the sections that are known, each once."""
+    marks = {mark[:2]: mark for _, section in found if section is not None for mark in section.marks}
+    return tuple(marks.values())
 
 
 def resembles(states: Tensor, mark: Mark) -> bool:

@@ -90,7 +90,7 @@ class Recording:
 
     def call(self, run: Run, x: Tensor, options: dict[str, Any]) -> Call | None:
         """Listener for one call of the UNet with the batch x, or None where it is not to be recorded."""
-        self.subjects, self.sites, self.dtype = run.subjects, run.sites, run.model.model.get_dtype_inference()
+        self.subjects, self.sites, self.dtype = run.subjects, run.sites, run.dtype
         step, self.total = step_of(options)
         if tuple(x.shape[-2:]) != self.size or len(x) % self.pictures:
             self.partial += 1

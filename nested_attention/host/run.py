@@ -6,7 +6,8 @@ cross-attention layers are patched, all in the run's own copy of the model's opt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor
 
 from . import KEY
@@ -26,6 +28,14 @@ from .notice import show, warn
 from .patch import LayerPatch
 from .recording import Recording, recording_of
 from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_places
+
+UNLIKE = 0.05  # of the logarithm of an aspect ratio; rounding to latents takes less
+
+
+def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The host compiles without guards on options: compiled code would keep what patches read when it was traced."""
+    can = hasattr(torch.compiler, "set_stance")  # from PyTorch 2.6 on
+    return torch.compiler.set_stance("force_eager")(function) if can else function
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,8 @@ class Personalization:
             else:
                 warn(
                     f"No prompt holds {subject.placeholder}, so the picture does not show its subject. Write "
-                    f"{subject.placeholder} into the positive prompt, encoded with the CLIP of Apply Subject.",
+                    f"{subject.placeholder} into the positive prompt, encoded with the CLIP of Apply Subject. If it "
+                    "is there, a node between takes it out, or encodes in a way of its own.",
                     subject.node_id,
                 )
         numbers = {subject.placeholder: i for i, subject in enumerate(subjects)}
@@ -101,10 +112,22 @@ def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tenso
     """[B, S, h, w] at the latent's size, or None where no subject has a region; B is 1, or as many as masks came."""
     if all(subject.region is None for subject in subjects):
         return None
+    for subject in subjects:
+        if subject.region is not None and abs(math.log(aspect(subject.region.shape) / aspect(size))) > UNLIKE:
+            warn(
+                f"The region of {subject.placeholder} is of another shape than the picture that is sampled, and is "
+                "stretched over it. Paint it on a picture of the same shape; for parts of a picture (face detailers, "
+                "upscalers by tiles), use an Apply Subject without region.",
+                subject.node_id,
+            )
     masks = [torch.ones(1, *size) if s.region is None else s.region.cpu().float() for s in subjects]
     fitted = [F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size, mode="area") for mask in masks]
     count = max(map(len, fitted))
     return torch.cat([comfy.utils.repeat_to_batch_size(mask, count) for mask in fitted], dim=1)
+
+
+def aspect(shape: Sequence[int]) -> float:
+    return shape[-1] / shape[-2]
 
 
 @dataclass
@@ -129,13 +152,15 @@ class Run:
         self.sites = cross_attention_sites(self.model.model.diffusion_model)
         sampling = self.model.get_model_object("model_sampling")
         self.sigmas = [tuple(map(sampling.percent_to_sigma, (s.start_percent, s.end_percent))) for s in self.subjects]
+        # As loading will set it: other nodes may change it by a patch.
+        self.dtype = self.model.get_model_object("manual_cast_dtype") or self.model.model.get_dtype()
         self.scheduled = any(s.start_percent > 0 or s.end_percent < 1 for s in self.subjects)
         self.project()
 
     def project(self) -> None:
         """Project every subject's nested keys and values, before the host makes room for the UNet."""
         patchers = [subject.adapter.patcher for subject in self.subjects]
-        dtype = self.model.model.get_dtype_inference()
+        dtype = self.dtype
         kept = sum(subject.tokens.shape[1] for subject in self.subjects if not subject.low_memory)
         size = 2 * kept * sum(site.inner for site in self.sites) * dtype.itemsize
         models = list({id(patcher): patcher for patcher in patchers}.values())
@@ -165,16 +190,21 @@ class Run:
         options = model_options["transformer_options"]
         replace = options["patches_replace"] = {**options.get("patches_replace", {})}
         there = replace.get("attn2", {})
-        layers = {
-            site.key: LayerPatch(self, index, there.get(site.key, there.get(site.key[:2])))
-            for index, site in enumerate(self.sites)
-        }
+        layers = {}
+        for index, site in enumerate(self.sites):
+            before = there.get(site.key, there.get(site.key[:2]))
+            # Some packs sample several times within one run of the host's.
+            layers[site.key] = LayerPatch(self, index, before.previous if isinstance(before, LayerPatch) else before)
         replace["attn2"] = {**there, **layers}
+        options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop(KEY, None)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
 
+    @uncompiled
     def apply_model(self, executor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Wraps each call of the UNet: turns the batch's tensor of places into a layout for the layers."""
         places, regions = kwargs.pop(KEY, None), kwargs.pop(REGION_KEY, None)
+        if TORCH_COMPILE_KWARGS in self.model.model_options:
+            self.say("torch.compile is left out while a subject is in the prompt: it would keep an earlier one.")
         if places is None:
             self.say("Another node calls the model without its conditioning, so the subjects do not show there.")
             return executor(*args, **kwargs)

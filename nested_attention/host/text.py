@@ -224,6 +224,7 @@ def add_placeholder(clip: Any, placeholder: str, class_word: str, learned: Mappi
     check_placeholder(placeholder, known)
     token = class_tokens(known.base, placeholder, class_word, learned)
     result = clip.clone()
+    result.cond_stage_model = result.patcher.model  # which a node that chose a device has put in place of it
     result.tokenizer = SubjectTokenizer(known.base, {**known.tokens, placeholder: token})
     encode = clip.patcher.get_model_object(ENCODE)
     encode = encode.encode if isinstance(encode, SubjectTextEncoder) else encode

@@ -6,7 +6,7 @@ import comfy.hooks
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from equations import Stands
-from sampling import PLAIN, PROMPT, check, close, encode, sample, text_of
+from sampling import PLAIN, PROMPT, check, close, encode, noise, sample, text_of
 
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.marks import find_placements
@@ -79,11 +79,28 @@ def test_text_from_the_unpatched_clip_is_no_subject(applied, base_model, base_cl
 
 
 def test_plain_row_in_a_batch_of_texts_is_known(applied):
-    _, clip = applied
+    model, clip = applied
     subject, plain = encode(clip, PROMPT), encode(clip, "a cat")
-    record = subject[0][1]["nested_attention"]
     rows = torch.cat([plain[0][0], subject[0][0]])
-    assert [[p.column for p in row] for row in find_placements(rows, record, {})] == [[], [2]]
+    assert [[p.column for p in row] for row in find_placements(rows, [], model_ledger(model))] == [[], [2]]
+
+
+def test_a_prompt_that_travels(applied, base_model, sites, person):
+    """Nodes for animations mix two prompts by the frame and keep nothing but the states."""
+    model, clip = applied
+    first, last, negative = (encode(clip, text) for text in (PROMPT, "a <person> at the sea", "bad"))
+    frames = [text_of(first).lerp(text_of(last), w) for w in (0.0, 0.3, 0.6, 1.0)]
+    batch = torch.stack([*frames, text_of(encode(clip, "the red car at night")), torch.zeros_like(frames[0])])
+    found = find_placements(batch, [], model_ledger(model))
+    assert [[(p.placeholder, p.column) for p in row] for row in found] == [[("<person>", 2)]] * 4 + [[], []]
+    positive = [[torch.stack(frames), {**first[0][1], "nested_attention": None}]]
+    texts = [(frame, [Stands(person, (2,))]) for frame in frames]
+    check(model, base_model, sites, texts, positive, negative, latent=noise(4))
+
+
+def model_ledger(model):
+    [personalization] = model.get_wrappers("outer_sample", "nested_attention")
+    return {k: v for ledger in personalization.ledgers for k, v in ledger.sections.items()}
 
 
 def test_tiles_with_a_batch(applied, base_model, sites, person):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 from equations import Stands, expected_model
 from sampling import PROMPT, check, close, encode, guide, run, sample, text_of
 
@@ -218,3 +219,23 @@ def test_nothing_happens_inside_a_controlnet(applied, base_model, sites, person)
     actual = run(guide(model, *with_control))
     close(actual, run(guide(expected_model(base_model, sites, texts), *with_control)))
     assert not torch.allclose(actual, sample(model, positive, negative), rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_model_follows_what_changes(base_model, base_clip, person):
+    """The host compiles without guards on what patches read, so that all of it would stay as it was traced."""
+    torch._dynamo.reset()
+
+    def drawn(prompt, compiled, **choices):
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", **choices)
+        if compiled:
+            [model] = TorchCompileModel.execute(model, "eager").args
+        return sample(model, encode(clip, prompt), encode(clip, "bad"))
+
+    for prompt, choices in (
+        (PROMPT, {}),
+        (PROMPT, {"strength": 0.4}),
+        ("in a park a <person>", {}),
+        (PROMPT, {"start_percent": 0.5}),
+    ):
+        close(drawn(prompt, True, **choices), drawn(prompt, False, **choices))

@@ -13,6 +13,7 @@ from nested_attention.files import load_adapter as read_adapter
 from nested_attention.files import save_adapter
 from nested_attention.host.adapters import load_adapter
 from nested_attention.host.apply import apply_subject
+from nested_attention.host.run import Run
 
 BASES = {
     "fp16": (torch.float16, torch.float16),
@@ -52,3 +53,10 @@ def test_adapters_keep_their_precision_in_memory(adapter_of):
     assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.float16, torch.bfloat16}
     tokens = make_subject(adapter_of).subject.tokens
     assert tokens.dtype == torch.float32 and tokens.isfinite().all()
+
+
+def test_the_precision_that_another_node_chose(base_model):
+    """It stands in a patch until the model is loaded, which is after the nested keys and values are projected."""
+    model = base_model.clone()
+    model.add_object_patch("manual_cast_dtype", torch.bfloat16)
+    assert (Run(base_model, []).dtype, Run(model, []).dtype) == (torch.float32, torch.bfloat16)

@@ -292,6 +292,15 @@ def test_regions(base_model, base_clip, sites, person, other):
     check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=noise(size=(8, 8)))
 
 
+def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog):
+    """As where a detailer samples a part of the picture for which the region was painted."""
+    for height, width in ((64, 64), (64, 96)):
+        region = half(height, width, "left")[None]
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=region)
+        sample(model, encode(clip, "<anna>"), encode(clip, "bad"))
+        assert ("The region of <anna> is of another shape" in caplog.text) is (height != width)
+
+
 def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=half(8, 8, "left")[None])
     model, clip = apply_subject(model, clip, other, placeholder="<bob>")

@@ -74,6 +74,19 @@ def test_interrupted_run_leaves_no_trace(applied):
     assert torch.equal(sample(model, positive, negative), expected)
 
 
+def test_a_pack_that_samples_several_times_in_one_run(applied, base_model, base_clip, person, caplog):
+    def twice(executor, *args, **kwargs):
+        executor(*args, **kwargs)
+        return executor(*args, **kwargs)
+
+    base = base_model.clone()
+    base.add_wrapper_with_key("outer_sample", "twice", twice)
+    model, clip = apply_subject(base, base_clip, person, placeholder="<person>")
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    assert torch.equal(sample(model, positive, negative), sample(applied[0], positive, negative))
+    assert "without its conditioning" not in caplog.text
+
+
 def test_interrupt_while_projecting(applied):
     model, clip = applied
     positive, negative = encode(clip, PROMPT), encode(clip, "bad")

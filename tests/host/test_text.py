@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
@@ -179,3 +181,12 @@ def test_prompt_for_another_kind_of_encoder():
 
     with pytest.raises(ValueError, match="needs CLIP text encoders.*t5xxl"):
         describe_prompt(Clip(), "a person")
+
+
+def test_a_clip_whose_model_another_node_replaced(base_model, base_clip, person):
+    """As nodes do that choose a device for it: what encodes then is the model in the patcher."""
+    moved = base_clip.clone()
+    moved.patcher.model = copy.deepcopy(base_clip.cond_stage_model)
+    clip = apply(base_model, moved, person)
+    assert columns(encode(clip, "a <anna>")) == [(0, "<anna>", 2, 1.0)]
+    assert clip.cond_stage_model is moved.patcher.model
