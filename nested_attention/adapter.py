@@ -119,9 +119,9 @@ def fingerprint(state: Mapping[str, Tensor], samples: int = 64) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         flat = state[name].detach().reshape(-1)
-        # linspace counts in fp32, which past 2**24 may round up to one place beyond the end.
-        places = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel())).long()
-        picked = flat[places.clamp_max(flat.numel() - 1)]
+        count = min(samples, flat.numel())
+        # Not by linspace: its fp32 rounds otherwise on other processors.
+        picked = flat[torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)]
         digest.update(f"{name}{tuple(state[name].shape)}".encode())
         digest.update(picked.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ def area_of(height: int, width: int, mask: Tensor | None, box: tuple[int, int, i
     if mask is not None:
         area = F.interpolate(mask[None, None].float().cpu(), (height, width), mode="bilinear")[0, 0]
         if not (area > 0.5).any():
-            raise ValueError("The mask is empty: paint the subject, or check that the mask is not inverted.")
+            raise ValueError("The mask is empty, or nowhere above one half: paint the subject, or invert the mask.")
     if box is not None:
         x, y, w, h = box
         inside = torch.zeros(height, width)

@@ -69,6 +69,6 @@ def load_subject(path: str | Path) -> Subject:
                 )
             # Windows has other separators, and files are shared.
             name = metadata["adapter_name"].replace("\\", "/")
-            return Subject(file.get_tensor("tokens"), metadata["adapter"], name)
+            return Subject(file.get_tensor("tokens").clone(), metadata["adapter"], name)
     except SafetensorError as error:
         raise ValueError(f"{Path(path).name} cannot be read as a saved subject: {error}") from error

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..nested_attention.alignment import SIZE, cut_square, square_of
 from ..nested_attention.crop import BACKGROUNDS, area_of, cut
 from ..nested_attention.host.faces import ORDERS, find_faces
-from ..nested_attention.host.images import as_batch, as_rgb, fit, masks_of
+from ..nested_attention.host.images import GREY, as_batch, as_rgb, fit, masks_of
 from ..nested_attention.host.notice import show, warn
 from .sockets import CATEGORY
 
@@ -66,7 +66,7 @@ class AlignFace(io.ComfyNode):
     def execute(
         cls, image, order: str, index: int, without_face: str, points: str, face_landmarks=None
     ) -> io.NodeOutput:
-        image = as_rgb(image)
+        image = as_rgb(image).float()  # points and antialiasing need it
         faces = find_faces(image, face_landmarks, points, order, index)
         missing = [str(i + 1) for i, face in enumerate(faces) if face is None]
         if missing and without_face == "error":
@@ -143,7 +143,8 @@ class CropSubject(io.ComfyNode):
         box = (x, y, width, height) if width and height else None
         areas = [area_of(*image.shape[1:3], each, box) for each in masks_of(mask, len(image))]
         crops = as_batch(
-            [cut(photo, area, margin, square, background) for photo, area in zip(image, areas, strict=True)]
+            [cut(photo, area, margin, square, background) for photo, area in zip(image, areas, strict=True)],
+            beyond=1.0 if background == "white" else GREY,
         )
         return io.NodeOutput(crops, ui=ui.PreviewImage(crops, cls=cls))
 

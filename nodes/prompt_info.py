@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..nested_attention.host.notice import show
 from ..nested_attention.host.prompt_info import describe_prompt
 from .sockets import CATEGORY
 
@@ -21,12 +22,14 @@ class PromptInfo(io.ComfyNode):
                 io.String.Input("text", multiline=True, tooltip="The prompt to explain; nothing is encoded."),
             ],
             outputs=[io.String.Output(display_name="info")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, clip, text: str) -> io.NodeOutput:
         info = describe_prompt(clip, text)
+        show(info, cls.hidden.unique_id)  # the front end draws a PreviewText on nodes of its own only
         return io.NodeOutput(info, ui=ui.PreviewText(info))
 
 

@@ -39,7 +39,7 @@ def inside(base: Base, path: Path, cases: list[Case], figure: Path) -> dict[str,
         model, clip = apply_subject(base.model, base.clip, bound, placeholder=PLACEHOLDERS[kind])
         model, recording = record_model(model)
         picture = draw(base, ready(model, clip, case.prompt), case)
-        for lookup in lookups(recording, 0, sorted(recording.record.queries)):
+        for lookup in lookups(recording, 0, sorted({layer for layer, _ in recording.record.queries})):
             weights = nested_attention(lookup, range(lookup.q.shape[2]))
             tops.append(top_tokens(weights)[0].cumsum(-1).numpy())
         if case is cases[0]:

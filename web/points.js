@@ -44,7 +44,7 @@ function pick(node, picture) {
     dialog.className = "nested-attention-points"
     dialog.style.cssText = "margin: auto; padding: 16px; border-radius: 8px; border: 0"
     const place = document.createElement("div")
-    place.style.cssText = "position: relative; cursor: crosshair; margin: 8px 0"
+    place.style.cssText = "position: relative; width: fit-content; cursor: crosshair; margin: 8px 0"
     const image = document.createElement("img")
     image.src = api.apiURL(`/view?${new URLSearchParams(picture)}`)
     image.style.cssText = "display: block; height: 70vh; max-width: 85vw; object-fit: fill; image-rendering: pixelated"

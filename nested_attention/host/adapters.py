@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     except Exception as error:  # each format has errors of its own, and none names the file
+        if isinstance(error, pickle.UnpicklingError) and "not an allowed global" in str(error):
+            raise AdapterFileError(
+                f"{Path(path).name} holds Python objects beside its weights, which could run code and are not loaded. "
+                "Ask its author for the weights alone, best as .safetensors."
+            ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise AdapterFileError(
             f"{Path(path).name} cannot be read: {reason}. It is damaged, not completely downloaded, or no weights at "

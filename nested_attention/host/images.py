@@ -59,23 +59,33 @@ def masks_of(mask: Tensor | None, pictures: int) -> list[Tensor | None]:
     return list(masks.expand(pictures, -1, -1))
 
 
-def as_batch(pictures: list[Tensor]) -> Tensor:
-    """Pictures [H, W, 3] as one batch of the first one's size; the others are scaled, and cropped where they must."""
-    height, width = pictures[0].shape[:2]
-    planes = [rearrange(picture, "h w c -> 1 c h w") for picture in pictures]
-    same = [comfy.utils.common_upscale(p, width, height, "bicubic", "center") for p in planes]
-    return rearrange(torch.cat(same).clamp(0, 1), "b c h w -> b h w c")
+def as_batch(pictures: list[Tensor], beyond: float = GREY) -> Tensor:
+    """Pictures [H, W, 3] as one batch as high and wide as any of them: all of each, as large as goes, in its middle."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    batch = torch.full((len(pictures), height, width, 3), beyond).to(pictures[0])
+    for into, picture in zip(batch, pictures, strict=True):
+        scale = min(height / picture.shape[0], width / picture.shape[1])
+        h, w = (round(side * scale) for side in picture.shape[:2])
+        resized = comfy.utils.common_upscale(rearrange(picture, "h w c -> 1 c h w"), w, h, "bicubic", "disabled")
+        top, left = (height - h) // 2, (width - w) // 2
+        into[top : top + h, left : left + w] = rearrange(resized.clamp(0, 1), "1 c h w -> h w c")
+    return batch
 
 
 def features(clip_vision: object, seen: Tensor, config: AdapterConfig) -> Tensor:
     """Features [B, I, image_dim] of fitted pictures. Raises ValueError where the encoder is not the adapter's."""
-    width = getattr(clip_vision, "config", {}).get("hidden_size")
-    if width is not None:
-        check_width(width, config)
+    check_encoder(clip_vision, config)
     output = clip_vision.encode_image(seen)
     result = output.last_hidden_state if config.feature_layer == "last" else output.penultimate_hidden_states
     check_width(result.shape[-1], config)
     return result
+
+
+def check_encoder(clip_vision: object, config: AdapterConfig) -> None:
+    """Before it computes anything, as far as it says what it is."""
+    width = getattr(clip_vision, "config", {}).get("hidden_size")
+    if width is not None:
+        check_width(width, config)
 
 
 def check_width(width: int, config: AdapterConfig) -> None:
@@ -89,6 +99,7 @@ def check_width(width: int, config: AdapterConfig) -> None:
 
 def encode(clip_vision: object, images: Tensor, mask: Tensor | None, how: str, config: AdapterConfig):
     """What the encoder saw, [B, S, S, 3], and its features of it, [B, I, image_dim]."""
+    check_encoder(clip_vision, config)
     with torch.no_grad():
         seen = fit(as_rgb(images, mask), clip_vision.image_size, how)
         return seen, features(clip_vision, seen, config)

@@ -83,7 +83,7 @@ def lookups(recording: Recording, number: int, layers: Sequence[int]) -> Iterato
     comfy.model_management.load_models_gpu([patcher])
     tokens = subject.tokens.to(patcher.load_device, torch.float32)
     for layer in layers:
-        queries, label = recording.record.queries[layer], recording.record.labels[layer]
+        queries, label = recording.record.asked(layer, number), recording.record.labels[layer]
         with torch.no_grad():
             pair = nested_pair(patcher.model, layer, tokens, queries.heads, recording.dtype)
         keys, values = (x.to("cpu", queries.q.dtype).float() for x in pair)  # through the precision of the run
@@ -141,8 +141,7 @@ class Inspection:
     @cached_property
     def kept(self) -> list[int]:
         """Layers of which there are queries. Raises ValueError where there are none."""
-        queries = self.recording.record.queries
-        kept = [n for n in self.layers if n in queries and self.number in queries[n].textual]
+        kept = [n for n in self.layers if self.recording.record.asked(n, self.number)]
         if not kept:
             raise ValueError(
                 f"No queries of {self.name} were kept in these layers. Raise limit_mb of Record Nested Attention, or "

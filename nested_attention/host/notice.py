@@ -19,4 +19,4 @@ def show(text: str, node_id: str | None) -> None:
     """Show text on a node in place of what stood there, under a server. The front end reads it as HTML."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(html.escape(text, quote=False), node_id)
+        server.send_progress_text(html.escape(text, quote=False).replace("\n", "<br>"), node_id)

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,7 +35,7 @@ class Record:
 
     limit     bytes that all of it may take; maps are kept before queries, which are a thousand times larger
     maps      (step, layer, subject) to p_s, [h, w], the mean over heads
-    queries   layer to its queries
+    queries   (layer, subjects of the same prompt) to its queries
     labels    layer to its name and size, such as "output 1.0 32x32"
     left_out  layers whose queries did not fit
     lost      maps that did not fit
@@ -42,7 +43,7 @@ class Record:
 
     limit: int
     maps: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    queries: dict[int, Queries] = field(default_factory=dict)
+    queries: dict[tuple[int, tuple[int, ...]], Queries] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
     left_out: set[int] = field(default_factory=set)
     lost: int = 0
@@ -55,11 +56,13 @@ class Record:
         p = p.detach().to("cpu", torch.float32, copy=True)
         size = p.numel() * p.element_size()
         if key in self.maps:
+            if p.shape != self.maps[key].shape:  # of a node that shrinks what is deep inside, for a part of the steps
+                p = F.interpolate(p[None, None], self.maps[key].shape, mode="bilinear")[0, 0]
             self.counts[key] += 1
             self.maps[key] += (p - self.maps[key]) / self.counts[key]
             return
         while self.used + size > self.limit and self.queries:
-            layer_out, queries = self.queries.popitem()
+            (layer_out, _), queries = self.queries.popitem()
             self.left_out.add(layer_out)
             self.used -= queries.bytes
         if self.used + size > self.limit:
@@ -69,18 +72,24 @@ class Record:
         self.used += size
 
     def add_queries(self, layer: int, size: tuple[int, int], q: Tensor, heads: int, textual: dict[int, Tensor]) -> None:
-        """Keep queries [h * w, C], in their own precision, in place of the layer's earlier ones."""
+        """Keep queries [h * w, C], in their own precision, in place of the layer's earlier ones for these subjects."""
         if layer in self.left_out:
             return
-        before = self.queries.pop(layer, None)
+        key = layer, tuple(textual)
+        before = self.queries.pop(key, None)
         self.used -= before.bytes if before else 0
         copies = [x.detach().to("cpu", copy=True) for x in (q, *textual.values())]
         queries = Queries(size, copies[0], heads, dict(zip(textual, copies[1:], strict=True)))
         if self.used + queries.bytes > self.limit:
             self.left_out.add(layer)
             return
-        self.queries[layer] = queries
+        self.queries[key] = queries
         self.used += queries.bytes
+
+    def asked(self, layer: int, subject: int) -> Queries | None:
+        """The last that this layer asked with this subject in the prompt."""
+        found = (x for (number, _), x in reversed(self.queries.items()) if number == layer and subject in x.textual)
+        return next(found, None)
 
     def steps(self) -> list[int]:
         return sorted({step for step, _, _ in self.maps})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -60,3 +61,26 @@ def test_a_mistake_shows_at_its_node(quickstart):
     page.get_by_test_id("error-overlay-see-errors").click()
     expect(page.get_by_text("'fire truck' is 2 ('fire' + 'truck')").first).to_be_visible()
     assert quickstart.failed() == APPLY
+
+
+def test_prompt_info_is_read_on_the_node(canvas, tmp_path):
+    nodes = [
+        {
+            "id": 1,
+            "type": "NestedAttentionLoadStudio",
+            "pos": [0, 0],
+            "outputs": [{"name": name, "type": name} for name in ("MODEL", "CLIP", "VAE", "CLIP_VISION")],
+        },
+        {
+            "id": 2,
+            "type": "NestedAttentionPromptInfo",
+            "pos": [500, 0],
+            "inputs": [{"name": "clip", "type": "CLIP", "link": 1}],
+            "widgets_values": ["a happy person"],
+        },
+    ]
+    path = tmp_path / "info.json"
+    path.write_text(json.dumps({"version": 0.4, "nodes": nodes, "links": [[1, 1, 1, 2, 0, "CLIP"]]}))
+    canvas.open(path)
+    canvas.run()
+    expect(canvas.node(2)).to_contain_text("1:a 2:happy 3:person")

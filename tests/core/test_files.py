@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +208,22 @@ def test_fingerprint_tells_weights_apart(adapter):
     state = adapter.state_dict()
     changed = {**state, "layers.0.to_k.weight": state["layers.0.to_k.weight"] + 1e-3}
     assert fingerprint(state) == fingerprint(dict(reversed(state.items()))) != fingerprint(changed)
+
+
+def test_fingerprint_is_that_of_every_processor():
+    """Saved subjects go from one machine to another."""
+    code = "import torch, nested_attention.adapter as a; print(a.fingerprint({'x': torch.arange(5120 * 1280)}))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            check=True,
+        ).stdout
+        for capability in ("default", "avx2")
+    }
+    assert len(found) == 1
 
 
 def test_fingerprint_of_large_tensors():

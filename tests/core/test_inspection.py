@@ -135,6 +135,22 @@ def test_maps_of_one_step_are_averaged():
     torch.testing.assert_close(record.maps[1, 0, 0], torch.full((2, 2), 3.0))
 
 
+def test_maps_of_a_layer_that_shrinks_in_between():
+    record = Record(10**6)
+    for side in (8, 4):
+        record.add_map(1, 0, 0, torch.full((side, side), float(side)))
+    torch.testing.assert_close(record.maps[1, 0, 0], torch.full((8, 8), 6.0))
+
+
+def test_each_prompt_keeps_its_queries():
+    """Of a subject the last that was asked beside it, though other prompts or steps follow without it."""
+    record = Record(10**6)
+    for value, subjects in enumerate([(0, 1), (0,), (2,)]):
+        record.add_queries(0, (2, 2), torch.full((4, 6), float(value)), 2, {s: torch.zeros(6) for s in subjects})
+    assert [record.asked(0, subject).q.unique().item() for subject in (0, 1, 2)] == [1, 0, 2]
+    assert record.asked(0, 3) is record.asked(1, 0) is None and record.used == held(record)
+
+
 def held(record):
     queries = [x for each in record.queries.values() for x in (each.q, *each.textual.values())]
     return sum(x.numel() * x.element_size() for x in (*record.maps.values(), *queries))
@@ -158,8 +174,9 @@ def test_a_record_keeps_copies():
     record.add_queries(0, (2, 2), q, 2, {0: q[0]})
     record.add_map(1, 0, 0, q[:, 0].view(2, 2))
     q += 1
-    assert not record.queries[0].q.any() and not record.queries[0].textual[0].any() and not record.maps[1, 0, 0].any()
-    assert record.queries[0].q.untyped_storage().nbytes() == 4 * 6 * 4
+    asked = record.asked(0, 0)
+    assert not asked.q.any() and not asked.textual[0].any() and not record.maps[1, 0, 0].any()
+    assert asked.q.untyped_storage().nbytes() == 4 * 6 * 4
 
 
 PICTURE = torch.rand(48, 32, 3)

@@ -152,7 +152,7 @@ def test_one_picture_of_a_batch(applied, sites, picture):
         q, k, _, size = heard[layer][step - 1]
         assert len(q) == 6
         torch.testing.assert_close(p, softmax_column(q[3 + row], k[3 + row], [2]).view(*size))
-        assert torch.equal(recording.record.queries[layer].q, q[3 + row].transpose(0, 1).flatten(1)) or step == 1
+        assert torch.equal(recording.record.asked(layer, 0).q, q[3 + row].transpose(0, 1).flatten(1)) or step == 1
 
 
 def test_chunks_split_by_memory(applied, monkeypatch):
@@ -202,7 +202,7 @@ def test_chosen_steps_and_layers(applied):
         "output 3.0 4x4",
     ]
     assert record.layers("4x4") == record.layers("output") == record.layers()[2:]
-    assert record.queries.keys() == set(record.layers())
+    assert record.queries.keys() == {(layer, (0,)) for layer in record.layers()}
 
 
 def test_steps_of_samplers_that_call_twice(applied):

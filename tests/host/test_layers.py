@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import comfy.ops
 import pytest
 import torch
@@ -105,6 +107,12 @@ def test_unreadable_file(tmp_path, name):
     (tmp_path / name).write_text("<!DOCTYPE html><html>Please log in</html>" * 100)
     with pytest.raises(ValueError, match=f"{name} cannot be read: .*Download it again"):
         load_adapter(str(tmp_path / name), name)
+
+
+def test_a_file_with_objects_is_not_called_damaged(tmp_path):
+    torch.save({"args": argparse.Namespace(), "weights": torch.zeros(2)}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt holds Python objects beside its weights"):
+        load_adapter(str(tmp_path / "last.pt"), "last.pt")
 
 
 def test_models_of_another_kind():

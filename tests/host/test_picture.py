@@ -6,6 +6,7 @@ import ffhq
 import numpy as np
 import pytest
 import torch
+from comfy.utils import common_upscale
 from PIL import Image
 
 from nested_attention import alignment
@@ -227,8 +228,11 @@ def test_no_subject_is_an_error(mask, box, message):
 
 def test_batches():
     a, b = torch.rand(40, 40, 3), torch.rand(80, 60, 3)
-    batch = as_batch([a, b])
-    assert batch.shape == (2, 40, 40, 3) and torch.equal(batch[0], a)
+    batch = as_batch([a, b], beyond=1.0)
+    assert batch.shape == (2, 80, 60, 3) and torch.equal(batch[1], b)
+    assert (batch[0, :10] == 1).all() and (batch[0, 70:] == 1).all()
+    resized = common_upscale(a.movedim(-1, 0)[None], 60, 60, "bicubic", "disabled").clamp(0, 1)
+    assert torch.equal(batch[0, 10:70], resized[0].movedim(0, -1))
     assert masks_of(None, 2) == [None, None]
     assert len(masks_of(torch.zeros(4, 5), 3)) == len(masks_of(torch.zeros(3, 4, 5), 3)) == 3
     with pytest.raises(ValueError, match="2 masks for 3 pictures"):
