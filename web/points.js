@@ -96,12 +96,13 @@ app.registerExtension({
     nodeCreated(node) {
         if (node.comfyClass !== NODE) return
         let picture
+        const last = () => picture ?? app.nodeOutputs?.[node.id]?.generated?.[0] // of the node before an undo made it anew
         const before = node.onExecuted
         node.onExecuted = function (output) {
             before?.apply(this, arguments)
             picture = output.generated?.[0] ?? picture
         }
         // Its value is no input: it must not count among the saved ones.
-        node.addWidget("button", words().pick, null, () => pick(node, picture), { serialize: false }).serialize = false
+        node.addWidget("button", words().pick, null, () => pick(node, last()), { serialize: false }).serialize = false
     },
 })

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from ..inspection.views import Lookup, Point, average, image_attention, patch_ma
 from .adapters import BoundSubject, LoadedAdapter, nested_pair
 from .images import encode
 from .recording import Recording
+from .run import UNLIKE, aspect
 
 VIEWS = ("sheet", "attention", "attention per step", "attention per layer", "values", "points", "photo", "owners")
 FEW = figures.COLUMNS  # steps and layers on the sheet
@@ -198,7 +200,16 @@ class Inspection:
 def inspect(
     recording: Recording, bound: BoundSubject, generated: Tensor, *, layers: str, points: list[Point], **photos: Any
 ) -> Inspection:
-    """generated: the run's pictures [B, H, W, 3]. Raises ValueError where the run has no such subject or layers."""
+    """generated: the run's pictures [B, H, W, 3].
+
+    Raises ValueError where the run has no such subject or layers, or made no picture of that shape.
+    """
+    if abs(math.log(aspect(generated.shape[1:3]) / aspect(recording.size))) > UNLIKE:
+        (high, wide), (height, width) = recording.size, generated.shape[1:3]
+        raise ValueError(
+            f"The record is of latents of {wide} x {high}, the picture has {width} x {height}: another shape. Connect "
+            "the picture as it was sampled. A node that samples parts of a picture cannot be inspected."
+        )
     number, chosen = number_of(recording, bound), recording.record.layers(layers)
     if not chosen:
         labels = ", ".join(recording.record.labels.values())

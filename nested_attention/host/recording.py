@@ -52,6 +52,7 @@ class Recording:
     subjects, sites, dtype   of the run, as its layers had them
     total, seed     of the run
     partial         calls that were not recorded because they held only a part of the picture
+    times           how often the node sampled in this job, as upscalers by tiles and detailers do for each part
     sampler         the node that sampled; `graph` says all that made it, once somebody has looked
     """
 
@@ -64,6 +65,8 @@ class Recording:
     subjects: list[AppliedSubject] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
+    times: int = 0
+    job: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         self.begin((0, 0, 0, 0), None)
@@ -86,6 +89,8 @@ class Recording:
         self.total, self.partial, self.complete = 0, 0, False
         context = get_executing_context()
         self.sampler = None if context is None else context.node_id
+        job = context and (context.prompt_id, context.node_id)
+        self.times, self.job = self.times + 1 if job and job == self.job else 1, job
         self.graph: str | None = None
 
     def call(self, run: Run, x: Tensor, options: dict[str, Any]) -> Call | None:
@@ -111,6 +116,8 @@ class Recording:
                 f" The limit left out the queries of {len(record.left_out)} layers (values and points are not shown "
                 f"there) and {record.lost} attention maps: raise it, or record fewer layers."
             )
+        if self.times > 1:
+            text += f" The node sampled {self.times} times; this is the last of them."
         if self.partial:
             text += f" {self.partial} calls of the model held a part of the picture (areas, tiles) and were left out."
         return text

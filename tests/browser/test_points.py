@@ -44,3 +44,11 @@ def test_clicks_become_points(inspect):
     dialog.get_by_text("Done").click()
     x, y = map(float, inspect.widget(NODE, "points").input_value().split(","))
     assert (x, y) == (pytest.approx(0.5, abs=0.01), pytest.approx(0.1, abs=0.01))
+
+
+def test_points_can_be_picked_after_the_graph_was_made_anew(inspect):
+    """As undo and a change of the tab do."""
+    inspect.page.evaluate("() => window.app.loadGraphData(window.app.graph.serialize(), false)")
+    dialog = pick(inspect)
+    expect(dialog.locator("img")).to_be_visible()
+    dialog.get_by_text("Done").click()

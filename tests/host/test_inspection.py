@@ -285,6 +285,17 @@ def test_parts_of_the_picture_are_left_out_and_said(applied):
         recording.require_run(None, None)
 
 
+def test_a_node_that_samples_part_by_part_is_said(applied):
+    """Of a job, as upscalers by tiles do; the next job begins anew."""
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    model, recording = record_model(model)
+    for job, said in (("1", False), ("1", True), ("2", False)):
+        with CurrentNodeContext(job, "5"):
+            sample(model, positive, negative)
+        assert ("The node sampled 2 times" in recording.summary()) is said
+
+
 def graph(seed=1, **changes):
     nodes = {
         "1": {"class_type": "NestedAttentionRecord", "inputs": {"steps": "all"}},
@@ -379,6 +390,15 @@ def test_what_a_view_lacks_is_said(inspected, person):
         inspected(layers="64x64")
     with pytest.raises(ValueError, match="holds <person>, <dog>, but not this subject"):
         inspected(subject=person)
+
+
+def test_a_picture_of_another_shape_is_refused(applied, person):
+    model, clip = applied
+    model, recording = record_model(model)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"), latent=noise(size=(8, 4)))
+    inspect(recording, person, torch.rand(1, 64, 32, 3), layers="", points=[])
+    with pytest.raises(ValueError, match="latents of 4 x 8, the picture has 64 x 64: another shape"):
+        inspect(recording, person, torch.rand(1, 64, 64, 3), layers="", points=[])
 
 
 def test_text_of_the_recorded_prompt_stays(applied):
