@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import comfy.clip_model
 import comfy.utils
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from ..adapter import AdapterConfig
 
 GREY = 0.5
+UNLIKE = 0.05  # of the logarithm of an aspect ratio
 ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14 (the image encoder of IP-Adapter)", 1664: "CLIP ViT-bigG/14"}
 
 
@@ -57,6 +61,12 @@ def masks_of(mask: Tensor | None, pictures: int) -> list[Tensor | None]:
     if len(masks) not in (1, pictures):
         raise ValueError(f"There are {len(masks)} masks for {pictures} pictures. Connect one, or one for each.")
     return list(masks.expand(pictures, -1, -1))
+
+
+def differ_in_aspect(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether shapes [..., height, width] are of different aspect ratios, by more than rounding to latents takes."""
+    ratio = first[-1] / first[-2] * second[-2] / second[-1]
+    return abs(math.log(ratio)) > UNLIKE
 
 
 def as_batch(pictures: list[Tensor], beyond: float = GREY) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,9 +16,8 @@ from ..attention import NestedToken, split_heads
 from ..inspection import figures
 from ..inspection.views import Lookup, Point, average, image_attention, patch_maps, point_weights
 from .adapters import BoundSubject, LoadedAdapter, nested_pair
-from .images import encode
+from .images import differ_in_aspect, encode
 from .recording import Recording
-from .run import UNLIKE, aspect
 
 VIEWS = ("sheet", "attention", "attention per step", "attention per layer", "values", "points", "photo", "owners")
 FEW = figures.COLUMNS  # steps and layers on the sheet
@@ -204,7 +202,7 @@ def inspect(
 
     Raises ValueError where the run has no such subject or layers, or made no picture of that shape.
     """
-    if abs(math.log(aspect(generated.shape[1:3]) / aspect(recording.size))) > UNLIKE:
+    if differ_in_aspect(generated.shape[1:3], recording.size):
         (high, wide), (height, width) = recording.size, generated.shape[1:3]
         raise ValueError(
             f"The record is of latents of {wide} x {high}, the picture has {width} x {height}: another shape. Connect "

@@ -81,18 +81,12 @@ def find_placements(context: Tensor, record: list[Section], ledger: dict[str, Se
     rows = [[(part, known.get(digest(part))) for part in row.split(length)] for row in context]
     beside = [marks_of(column) for column in zip(*rows, strict=True)]
     supposed = [section.marks for section in record] if len(rows) == 1 else beside
-    placements: list[list[Placement]] = []
-    for row in rows:
-        placements.append([])
+    placements: list[list[Placement]] = [[] for _ in rows]
+    for found, row in zip(placements, rows, strict=True):
         for i, (states, section) in enumerate(row):
-            if section is None:
-                marks = tuple(mark for mark in supposed[i] if resembles(states, mark)) if i < len(supposed) else ()
-            else:
-                marks = section.marks
-            placements[-1] += [
-                Placement(m.placeholder, i * length + m.column, m.weight, section is not None and section.ambiguous)
-                for m in marks
-            ]
+            changed = (mark for marks in supposed[i : i + 1] for mark in marks if resembles(states, mark))
+            marks, ambiguous = (section.marks, section.ambiguous) if section else (changed, False)
+            found += [Placement(m.placeholder, i * length + m.column, m.weight, ambiguous) for m in marks]
     return placements
 
 

@@ -52,7 +52,7 @@ class Recording:
     subjects, sites, dtype   of the run, as its layers had them
     total, seed     of the run
     partial         calls that were not recorded because they held only a part of the picture
-    times           how often the node sampled in this job, as upscalers by tiles and detailers do for each part
+    times           how often the node sampled in this `job`, as upscalers by tiles and detailers do for each part
     sampler         the node that sampled; `graph` says all that made it, once somebody has looked
     """
 

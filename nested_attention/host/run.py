@@ -6,8 +6,7 @@ cross-attention layers are patched, all in the run's own copy of the model's opt
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +21,13 @@ from torch import Tensor
 
 from . import KEY
 from .adapters import LoadedAdapter, nested_pair
+from .images import differ_in_aspect
 from .layers import Site, cross_attention_sites
 from .marks import Ledger
 from .notice import show, warn
 from .patch import LayerPatch
 from .recording import Recording, recording_of
 from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_places
-
-UNLIKE = 0.05  # of the logarithm of an aspect ratio; rounding to latents takes less
 
 
 def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -113,7 +111,7 @@ def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tenso
     if all(subject.region is None for subject in subjects):
         return None
     for subject in subjects:
-        if subject.region is not None and abs(math.log(aspect(subject.region.shape) / aspect(size))) > UNLIKE:
+        if subject.region is not None and differ_in_aspect(subject.region.shape, size):
             warn(
                 f"The region of {subject.placeholder} is of another shape than the picture that is sampled, and is "
                 "stretched over it. Paint it on a picture of the same shape; for parts of a picture (face detailers, "
@@ -124,10 +122,6 @@ def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tenso
     fitted = [F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size, mode="area") for mask in masks]
     count = max(map(len, fitted))
     return torch.cat([comfy.utils.repeat_to_batch_size(mask, count) for mask in fitted], dim=1)
-
-
-def aspect(shape: Sequence[int]) -> float:
-    return shape[-1] / shape[-2]
 
 
 @dataclass
@@ -160,9 +154,8 @@ class Run:
     def project(self) -> None:
         """Project every subject's nested keys and values, before the host makes room for the UNet."""
         patchers = [subject.adapter.patcher for subject in self.subjects]
-        dtype = self.dtype
         kept = sum(subject.tokens.shape[1] for subject in self.subjects if not subject.low_memory)
-        size = 2 * kept * sum(site.inner for site in self.sites) * dtype.itemsize
+        size = 2 * kept * sum(site.inner for site in self.sites) * self.dtype.itemsize
         models = list({id(patcher): patcher for patcher in patchers}.values())
         comfy.model_management.load_models_gpu(models, memory_required=size)
         progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))
@@ -171,7 +164,7 @@ class Run:
             for layer, site in enumerate(self.sites):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 with torch.no_grad():
-                    pair = nested_pair(patcher.model, layer, tokens, site.heads, dtype)
+                    pair = nested_pair(patcher.model, layer, tokens, site.heads, self.dtype)
                 self.pairs[i, layer] = tuple(x.cpu() for x in pair) if subject.low_memory else pair
                 progress.update(1)
 
