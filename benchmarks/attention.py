@@ -3,7 +3,8 @@
 unpatched   the layer's text attention, as the host calls it
 floor       that, and one fused attention over each subject's nested tokens, for the rows that have a subject
 ours        what the host runs with a subject, where we may run the text attention ourselves
-beside      the same where another pack or attention backend computes the output (on CUDA, ours is this)
+beside      the same where another pack or attention backend computes the output; what ours is on GPUs but in fp16 or
+            bf16 on CUDA
 full        softmax(q K^T) of all text tokens, p_s read from it, then p_s (v* - V_s) added
 textbook    a copy of the text values for each query, [B, H, N, T, D]
 
@@ -34,7 +35,6 @@ from nested_attention.attention import (  # noqa: E402
     NestedToken,
     has_fused_lse,
     merge_heads,
-    norm_over_heads,
     norm_scale,
     per_query_values,
     personalize,
@@ -152,7 +152,7 @@ def textbook(problem: Problem) -> Tensor:
 def regularised(q: Tensor, v: Tensor, token: NestedToken) -> tuple[Tensor, Tensor]:
     """v* with its norm set, and the value that it replaces."""
     star, shared = per_query_values(q, token), v[:, :, token.columns]
-    return star * norm_scale(star, norm_over_heads(shared), token).to(star.dtype), shared
+    return star * norm_scale(star, shared, token).to(star.dtype), shared
 
 
 VARIANTS: dict[str, Callable[[Problem], Tensor]] = {

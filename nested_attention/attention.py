@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 Norm = Literal["off", "rescale", "clamp"]
@@ -47,12 +46,12 @@ class NestedToken:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H*D] to [B, H, N, D], as a view."""
-    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, N, D] to [B, N, H*D]."""
-    return rearrange(x, "b h n d -> b n (h d)")
+    return x.transpose(1, 2).flatten(2)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -79,31 +78,50 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def has_fused_lse(q: Tensor) -> bool:
     """Whether `text_attention` is one fused kernel that gives the log-sum-exp for nothing, and no gradient of it."""
-    return q.device.type == "cpu" and not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() and (q.device.type == "cpu" or has_flash_attention(q))
+
+
+def has_flash_attention(q: Tensor) -> bool:
+    """Whether FlashAttention takes queries of this shape and precision, on Nvidia's GPUs: what the host runs too."""
+    if not q.is_cuda or torch.version.hip is not None or q.shape[-1] % 8:
+        return False
+    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Plain attention [B, H, N, D] over the text, and the log-sum-exp [B, H, N] of its logits where that is free."""
-    if has_fused_lse(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=q.shape[-1] ** -0.5)
-    return fused_attention(q, k, v), None
+    if not has_fused_lse(q):
+        return fused_attention(q, k, v), None
+    scale = q.shape[-1] ** -0.5
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[:2]
 
 
 def at_columns(x: Tensor, tokens: list[NestedToken], dim: int) -> Tensor:
     """What stands at the subjects' S columns. Slices: a list of indices would have to travel to the device."""
-    return torch.stack([x.select(dim, c) for token in tokens for c in token.columns], dim=dim)
+    columns = [c for token in tokens for c in token.columns]
+    if len(columns) == 1:
+        return x.narrow(dim, columns[0], 1)
+    return torch.stack([x.select(dim, c) for c in columns], dim=dim)
 
 
-def subject_logits(q: Tensor, k: Tensor, tokens: list[NestedToken]) -> Tensor:
-    """Logits of the subject columns, [B, H, N, S] at least in fp32."""
-    return at_least_fp32(q) @ at_least_fp32(at_columns(k, tokens, 2)).transpose(-1, -2) * q.shape[-1] ** -0.5
+def subject_logits(q: Tensor, k: Tensor, tokens: list[NestedToken], lse: Tensor | None = None) -> Tensor:
+    """Logits of the subject columns, [B, H, N, S] at least in fp32; less the text's log-sum-exp [B, H, N], if given."""
+    scale = q.shape[-1] ** -0.5
+    q, k = at_least_fp32(q), at_least_fp32(at_columns(k, tokens, 2)).transpose(-1, -2)
+    if lse is None:
+        return q @ k * scale
+    flat = torch.baddbmm(lse.flatten(0, 1)[..., None], q.flatten(0, 1), k.flatten(0, 1), beta=-1, alpha=scale)
+    return flat.unflatten(0, q.shape[:2])
 
 
 def subject_probabilities(q: Tensor, k: Tensor, tokens: list[NestedToken], chunk: int = 2048) -> Tensor:
     """p_s, [B, H, N, S] at least in fp32, from the whole softmax, a chunk of queries at a time."""
     keys = at_least_fp32(k).transpose(-1, -2) * k.shape[-1] ** -0.5
     softmax = ((at_least_fp32(part) @ keys).softmax(-1) for part in q.split(chunk, dim=2))
-    return torch.cat([at_columns(part, tokens, 3) for part in softmax], dim=2)
+    # Contiguous: a view would keep all of its softmax.
+    return torch.cat([at_columns(part, tokens, 3).contiguous() for part in softmax], dim=2)
 
 
 def personalize(
@@ -127,7 +145,7 @@ def personalize(
     observe    is called with the p_s of all columns that are used here in the end, [B, H, N, S]
     """
     v_s = at_columns(v, tokens, 2)
-    p = subject_probabilities(q, k, tokens) if lse is None else (subject_logits(q, k, tokens) - lse[..., None]).exp()
+    p = subject_probabilities(q, k, tokens) if lse is None else subject_logits(q, k, tokens, lse).exp()
     if any(token.weight != 1 for token in tokens):
         text = text_attention(q, k, v)[0] if text is None else text
         p, change = raise_tokens(p, subject_logits(q, k, tokens), v_s, text, tokens)
@@ -140,36 +158,38 @@ def personalize(
         observe(p)
     sizes = [len(token.columns) for token in tokens]
     for token, part, shared in zip(tokens, p.split(sizes, dim=-1), v_s.split(sizes, dim=2), strict=True):
-        swap_values(out, q, part * reach(token), shared, token)
+        swap_values(out, q, reached(part, token), shared, token)
     return out
 
 
 def swap_values(out: Tensor, q: Tensor, p: Tensor, v_s: Tensor, token: NestedToken) -> None:
     """Add p_s (v* - V_s) of one subject's columns to `out`: p [B, H, N, S], V_s [B, H, S, D]."""
     # Only `out` changes in place: the rest is kept for gradients. One pass a term, and none makes a tensor of its size.
+    # Nothing is computed that changes nothing: on a fast GPU, starting a kernel takes longer than the kernel.
     star = per_query_values(q, token)
-    scale = norm_scale(star, norm_over_heads(v_s), token)
-    # Where v* is 0 the scale is beyond fp16, and infinity times 0 would be no number.
-    weight = (p * scale).sum(-1, keepdim=True).clamp_max(torch.finfo(star.dtype).max)
+    weight = p if token.norm == "off" else p * norm_scale(star, v_s, token)
+    weight = weight if weight.shape[-1] == 1 else weight.sum(-1, keepdim=True)
+    if token.norm != "off":  # where v* is 0 the scale is beyond fp16, and infinity times 0 would be no number
+        weight = weight.clamp_max(torch.finfo(star.dtype).max)
     out.addcmul_(star, weight.to(star.dtype))
     for part, shared in zip(p.to(v_s.dtype).split(1, dim=-1), v_s.split(1, dim=2), strict=True):
         out.addcmul_(part, shared, value=-1)
 
 
-def reach(token: NestedToken) -> Tensor | float:
-    """How much of the token's change is made: its strength, within its region, [B or 1, 1, N, 1]."""
-    return token.strength if token.region is None else token.strength * token.region[:, None, :, None]
+def reached(p: Tensor, token: NestedToken) -> Tensor:
+    """How much of the token's change is made: p_s [B, H, N, S] times its strength, within its region."""
+    if token.region is not None:
+        return p * (token.strength * token.region[:, None, :, None])
+    return p if token.strength == 1 else p * token.strength
 
 
-def norm_scale(star: Tensor, norm: Tensor, token: NestedToken) -> Tensor | float:
-    """Factor on v* by the norm regularisation, [B, 1, N, S].
+def norm_scale(star: Tensor, v_s: Tensor, token: NestedToken) -> Tensor:
+    """Factor on v* by the norm regularisation, which is not off, [B, 1, N, S].
 
-    rescale: v* gets alpha times the norm [B, S] of the textual value that it replaces. clamp: at most that.
+    rescale: v* gets alpha times the norm of the textual value V_s [B, H, S, D] that it replaces. clamp: at most that.
     """
-    if token.norm == "off":
-        return 1.0
-    length = norm_over_heads(star)
-    scale = token.norm_factor * norm[:, None] / length[..., None].clamp_min(1e-30)
+    length = norm_over_heads(star)[..., None].clamp_min(1e-30)
+    scale = (token.norm_factor * norm_over_heads(v_s))[:, None] / length
     return (scale.clamp_max(1) if token.norm == "clamp" else scale)[:, None]
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, os.environ.get("COMFYUI_PATH", str(Path(__file__).parents[1] 
 MODEL_FOLDERS = ("nested_attention", "nested_attention_subjects")
 
 torch.set_num_threads(1)  # the models of these tests are small: more threads only wait for each other
+torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU are as exact as on a CPU
 
 if importlib.util.find_spec("comfy"):
     from comfy.cli_args import args

@@ -7,6 +7,7 @@ cross-attention layers are patched, all in the run's own copy of the model's opt
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,14 @@ def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The host compiles without guards on options: compiled code would keep what patches read when it was traced."""
     can = hasattr(torch.compiler, "set_stance")  # from PyTorch 2.6 on
     return torch.compiler.set_stance("force_eager")(function) if can else function
+
+
+def in_main_memory(x: Tensor) -> Tensor:
+    """The same there; page-locked for a CUDA GPU, which then fetches it faster and without being waited for."""
+    if x.is_cuda and comfy.model_management.MAX_PINNED_MEMORY > 0:
+        with suppress(RuntimeError):  # the system allows no more of it
+            return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x)
+    return x.cpu()
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ class Run:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 with torch.no_grad():
                     pair = nested_pair(patcher.model, layer, tokens, site.heads, self.dtype)
-                self.pairs[i, layer] = tuple(x.cpu() for x in pair) if subject.low_memory else pair
+                self.pairs[i, layer] = tuple(map(in_main_memory, pair)) if subject.low_memory else pair
                 progress.update(1)
 
     def nested(self, subject: int, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +182,8 @@ class Run:
         pair = self.pairs[subject, layer]
         if pair[0].device != q.device:
             if self.subjects[subject].low_memory:
-                return tuple(x.to(q.device, q.dtype) for x in pair)
+                ahead = comfy.model_management.device_supports_non_blocking(q.device)
+                return tuple(x.to(q.device, q.dtype, non_blocking=ahead) for x in pair)
             key = (subject, layer, q.device)
             pair = self.copies[key] = self.copies.get(key) or tuple(x.to(q.device) for x in pair)
         return tuple(x.to(q.dtype) for x in pair)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
+from unicodedata import normalize
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import NestedToken, at_least_fp32, merge_heads, norm_over_heads, norm_scale, per_query_values
+from ..attention import NestedToken, at_least_fp32, merge_heads, norm_scale, per_query_values
 from ..resampler import Resampler
 
 Point = tuple[float, float]
@@ -61,8 +62,8 @@ def shares(maps: Sequence[Tensor]) -> Tensor:
 def nested_values(lookup: Lookup) -> Tensor:
     """v* with its norm regularisation, as it enters the layer's output at strength 1, [N, C]."""
     star = at_least_fp32(per_query_values(lookup.q, lookup.token))
-    scale = norm_scale(star, norm_over_heads(lookup.textual), lookup.token)
-    return merge_heads(star * scale)[0]
+    scaled = star if lookup.token.norm == "off" else star * norm_scale(star, lookup.textual, lookup.token)
+    return merge_heads(scaled)[0]
 
 
 def nested_attention(lookup: Lookup, positions: Sequence[int]) -> Tensor:
@@ -136,7 +137,7 @@ def top_tokens(weights: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
 def parse_points(text: str) -> list[Point]:
     """Points "x, y; x, y" in 0..1 from the picture's top left. Raises ValueError where it says something else."""
     points = []
-    for part in filter(str.strip, text.split(";")):
+    for part in filter(str.strip, normalize("NFKC", text).split(";")):  # so that Chinese commas will do
         try:
             x, y = (float(number) for number in part.split(","))
         except ValueError:

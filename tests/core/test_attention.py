@@ -95,21 +95,31 @@ def test_equals_the_equations(case, kernel, monkeypatch):
     q, k, v, subjects = problem()
     rows = CASES[case](subjects)
     torch.testing.assert_close(fast(q, k, v, rows), nested_attention(q, k, v, rows), rtol=1e-9, atol=1e-9)
-    single = [[replace(t, keys=t.keys.float(), values=t.values.float()) for t in row] for row in rows]
-    result = fast(q.float(), k.float(), v.float(), single)
+    result = fast(q.float(), k.float(), v.float(), moved(rows, torch.float32))
     torch.testing.assert_close(result.double(), nested_attention(q, k, v, rows), rtol=1e-5, atol=1e-5)
+
+
+def moved(rows, dtype, device="cpu"):
+    """The same tokens in another precision, on another device."""
+
+    def move(t):
+        region = None if t.region is None else t.region.to(device)
+        return replace(t, keys=t.keys.to(device, dtype), values=t.values.to(device, dtype), region=region)
+
+    return [[move(t) for t in row] for row in rows]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision(case, dtype, tolerance):
-    q, k, v, subjects = (
-        [[x.to(dtype) for x in pair] for pair in s] if isinstance(s, list) else s.to(dtype) for s in problem()
-    )
-    rows = CASES[case](subjects)
-    exact = [[replace(t, keys=t.keys.double(), values=t.values.double()) for t in row] for row in rows]
-    expected = nested_attention(q.double(), k.double(), v.double(), exact)
-    error = (fast(q, k, v, rows).double() - expected).norm() / expected.norm()
+    """On a GPU, if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, subjects = problem()
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    rows = moved(CASES[case](subjects), dtype, device)
+    exact = [x.double().cpu() for x in (q, k, v)]
+    expected = nested_attention(*exact, moved(rows, torch.float64))
+    error = (fast(q, k, v, rows).double().cpu() - expected).norm() / expected.norm()
     assert error < tolerance
 
 

@@ -4,7 +4,6 @@ import ast
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +38,7 @@ def test_the_modules_need_no_comfyui():
 
 def start(folder, *, steps=12, batch=2, accumulation=1, pause=0.0, **environment):
     command = [sys.executable, str(ROOT / "tests/support/toy_training.py"), *map(str, (folder, steps, batch))]
+    environment = {"CUDA_VISIBLE_DEVICES": "", **environment}  # two processes cannot share a GPU
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}", **environment}
     return subprocess.Popen([*command, str(accumulation), str(pause)], env=environment)
 
@@ -53,8 +53,8 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
     while len(losses(tmp_path / "killed")) < 5:
         assert killed.poll() is None
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed.kill()
+    assert killed.wait() != 0
     assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["step"] in (3, 6, 9)
     states = []
     for config in (straight, resumed):
@@ -147,7 +147,8 @@ def test_a_full_disk_stops_or_is_counted(tmp_path, caplog):
     trainer = make_trainer(settings(tmp_path, on_error="skip"))
     with full_disk():
         assert trainer.run()
-    assert trainer.troubles.count == 6 and "Skipped (5 so far): The checkpoint of step 12" in caplog.text
+    assert trainer.troubles.count == 3 and "Skipped (3 so far): The checkpoint of step 12" in caplog.text
+    assert "The loss curve of step 12 could not be written" in caplog.text  # which no training needs
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
 
 
@@ -288,6 +289,9 @@ def test_settings_from_a_file_and_options(tmp_path):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(TrainingError, match=problem):
             from_arguments(["--config", str(tmp_path / "b.json")])
+    (tmp_path / "b.json").write_text(r'{"data": "D:\pictures"}')
+    with pytest.raises(TrainingError, match="cannot be read.*Write paths with /"):
+        from_arguments(["--config", str(tmp_path / "b.json")])
     for extra, problem in (
         (["--norm", "rescale"], "sets their size"),
         (["--start-from", "a", "--norm", "off"], "keeps"),

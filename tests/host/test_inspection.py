@@ -38,7 +38,7 @@ def listen(model, sites):
 
         def attend(q, k, v, extra_options, layer=layer):
             heads = extra_options["n_heads"]
-            parts = [split_heads(x, heads).clone() for x in (q, k, v)]
+            parts = [split_heads(x, heads).to("cpu", copy=True) for x in (q, k, v)]
             heard.setdefault(layer, []).append((*parts, extra_options["activations_shape"][2:4]))
             return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads)
 

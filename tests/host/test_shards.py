@@ -10,7 +10,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from small_training import losses, make_base, make_data, make_reader, samples_of, save_picture, settings
+from small_training import exact, losses, make_base, make_data, make_reader, samples_of, save_picture, settings
 
 from nested_attention.host.train import train
 from nested_attention.training.config import TrainingError
@@ -74,6 +74,7 @@ class Bytes(io.BytesIO):
         return self
 
 
+@exact
 def test_training_is_the_folders_and_goes_on_where_it_was(folder):
     base, changes = make_base(), {"augment": 1.0, "caption_dropout": 0.3}
     assert train(settings(folder, **changes), base)

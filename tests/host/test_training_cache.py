@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import make_clip, randomize
-from small_training import SmallVAE, losses, make_base, make_data, settings
+from small_training import SmallVAE, exact, losses, make_base, make_data, settings
 
 from nested_attention.host.base import identity
 from nested_attention.host.train import train
@@ -37,6 +37,7 @@ class DrawingVAE(SmallVAE):
         return latent + 0.1 * torch.randn(latent.shape)
 
 
+@exact
 def test_all_kinds_of_cache_train_alike(base, folder):
     vae = DrawingVAE()
     kept, found = {}, {}
@@ -60,6 +61,7 @@ def test_all_kinds_of_cache_train_alike(base, folder):
     assert sorted((folder / "again" / "cache").rglob("*.*")) == files and all(f.stat().st_size > 100 for f in files)
 
 
+@exact
 def test_without_a_cache_the_text_is_the_same(base, folder):
     plain = settings(folder)
     kept = settings(folder, output=str(folder / "kept"), cache="disk")

@@ -49,7 +49,7 @@ def subjects_in(row: Tensor, texts: list[tuple[Tensor, list[Stands]]]) -> list[S
 
 
 def expected_model(model, sites, texts: list[tuple[Tensor, list[Stands]]]):
-    """A clone of the model that computes the equations, one query at a time."""
+    """A clone of the model that computes the equations, one query at a time, on the CPU."""
     result = model.clone()
     context = {}
 
@@ -62,7 +62,7 @@ def expected_model(model, sites, texts: list[tuple[Tensor, list[Stands]]]):
             heads = extra_options["n_heads"]
             size = tuple(extra_options["activations_shape"][2:])
             rows = [[s.token(layer, heads, size) for s in subjects_in(row, texts)] for row in context["now"]]
-            return merge_heads(nested_attention(*(split_heads(x, heads) for x in (q, k, v)), rows))
+            return merge_heads(nested_attention(*(split_heads(x.cpu(), heads) for x in (q, k, v)), rows)).to(q)
 
         return attend
 
