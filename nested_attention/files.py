@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from .adapter import NestedAdapter
 from .dialects import METADATA_KEY, AdapterFileError, canonical
+
+# Seconds between tries to replace a file: on Windows a virus scanner or a viewer may hold it for a moment.
+WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if os.name == "nt" else ()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -74,7 +78,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], *, shared: bo
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def replace_file(new: Path, old: Path) -> None:
+    for wait in (*WAITS, None):
+        try:
+            return os.replace(new, old)
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)

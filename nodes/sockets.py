@@ -46,11 +46,18 @@ def full_path(folder: str, name: str) -> str:
     return path
 
 
+def check_file_name(name: str) -> None:
+    """Raises ValueError for characters that Windows has in no name of a file."""
+    if found := sorted(set(name) & set('<>:"|?*')):
+        raise ValueError(f"'{name}' cannot be the name of a file everywhere: leave out {' '.join(found)}")
+
+
 def new_file(folder: str, prefix: str) -> tuple[str, str]:
     """A path of a model folder where nothing is yet, numbered as the host's savers do, and its name in the folder.
 
-    Raises ValueError for an empty name.
+    Raises ValueError for an empty name, and for one that is none on Windows.
     """
+    check_file_name(prefix)
     if not prefix.strip(" ./\\"):
         raise ValueError("The file has no name: write one at filename_prefix, such as anna or friends/anna.")
     root = folder_paths.get_folder_paths(folder)[0]

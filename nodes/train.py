@@ -15,7 +15,7 @@ from ..nested_attention.host.base import Base
 from ..nested_attention.host.graph_training import store_pictures, train_in_graph, trained
 from ..nested_attention.training.config import CACHES, TrainingConfig
 from ..nested_attention.training.data import subject_caption
-from .sockets import ADAPTERS, CATEGORY, RUNS, Adapter, new_file
+from .sockets import ADAPTERS, CATEGORY, RUNS, Adapter, check_file_name, new_file
 
 
 class Train(io.ComfyNode):
@@ -163,12 +163,13 @@ class Train(io.ComfyNode):
         **settings,
     ) -> io.NodeOutput:
         folder, word = run_folder(name), class_word.strip()
-        if (images is None) == (not dataset.strip()):
+        dataset = dataset.strip().strip('"')  # in which Windows copies paths
+        if (images is None) == (not dataset):
             raise ValueError("Connect pictures to images, or name a dataset: one of the two, not both.")
         if crops is not None and (images is None or len(crops) != len(images)):
             raise ValueError("Connect one of crops for each of images, in their order. A dataset has its own.")
         if images is None:
-            data = Path(folder_paths.get_input_directory()) / dataset.strip()
+            data = Path(folder_paths.get_input_directory()) / dataset
         else:
             data = store_pictures(folder, images, lines_for(images, captions, word), crops)
         if preview_every:
@@ -308,7 +309,8 @@ ADVANCED = [
 
 
 def run_folder(name: str) -> Path:
-    """Raises ValueError where the name leads out of the output folder."""
+    """Raises ValueError where the name leads out of the output folder, or is none on Windows."""
+    check_file_name(name)
     root = os.path.join(folder_paths.get_output_directory(), RUNS)
     folder = os.path.abspath(os.path.join(root, name.strip()))
     if os.path.dirname(folder) != os.path.abspath(root):

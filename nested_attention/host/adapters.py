@@ -40,10 +40,13 @@ class BoundSubject:
 
 
 def load_adapter(
-    path: str, name: str, *, feature_layer: FeatureLayer | None = None, norm: Norm | None = None
+    path: str, name: str, *, feature_layer: FeatureLayer | None = None, norm: Norm | None = None, apart: bool = False
 ) -> LoadedAdapter:
-    """Read an adapter file in any dialect; None leaves a choice to the adapter."""
-    patcher = adapter_patcher(path)
+    """Read an adapter file in any dialect; None leaves a choice to the adapter.
+
+    apart   keep nothing of the file, which is mapped else: Windows lets nobody write a mapped file again
+    """
+    patcher = adapter_patcher(path, apart)
     config = patcher.model.config
     config = replace(config, feature_layer=feature_layer or config.feature_layer, norm=norm or config.norm)
     return LoadedAdapter(patcher, config, name, fingerprint(patcher.model.state_dict()))
@@ -62,9 +65,10 @@ def trainable_copy(adapter: LoadedAdapter) -> NestedAdapter:
     return copy
 
 
-def adapter_patcher(path: str) -> ModelPatcher:
+def adapter_patcher(path: str, apart: bool) -> ModelPatcher:
     """An adapter file as a model of the host."""
     state, metadata = read_weights(path)
+    state = {name: value.clone() for name, value in state.items()} if apart else state
     adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
     # Looked up now: the host chooses its class of patchers after start.
     return comfy.model_patcher.CoreModelPatcher(

@@ -104,7 +104,7 @@ def trained(folder: Path) -> tuple[LoadedAdapter, Tensor, Tensor]:
 
     Without any sample it is a small black picture.
     """
-    adapter = load_adapter(str(folder / ADAPTER), f"{folder.name}.safetensors")
+    adapter = load_adapter(str(folder / ADAPTER), f"{folder.name}.safetensors", apart=True)
     curve = pixels_of(loss_curve(read_losses(folder / "loss.jsonl")))
     samples = sorted((folder / "validation").glob("*.png"))
     return adapter, curve, read_picture(samples[-1]) if samples else torch.zeros(1, 64, 64, 3)

@@ -6,6 +6,7 @@ Tensors of pictures are [H, W, 3] in 0..1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -31,9 +32,20 @@ HEAT = (
 )
 
 
+# What systems have for Chinese, Japanese and Korean, which Pillow's own font lacks.
+EAST_ASIAN = ("msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
+
+
 @lru_cache
-def font(size: int) -> ImageFont.ImageFont:
+def font(size: int, east_asian: bool = False) -> ImageFont.ImageFont:
+    for name in EAST_ASIAN if east_asian else ():
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
+
+
+def font_of(line: str, size: int) -> ImageFont.ImageFont:
+    return font(size, any(character >= "\u2e80" for character in line))
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -137,14 +149,14 @@ def captioned(image: Image.Image, caption: str) -> Image.Image:
     result.paste(image, (0, height))
     draw = ImageDraw.Draw(result)
     for i, line in enumerate(lines):
-        draw.text((0, i * (TEXT + 5)), cut(line, image.width), fill=INK, font=font(TEXT))
+        draw.text((0, i * (TEXT + 5)), cut(line, image.width), fill=INK, font=font_of(line, TEXT))
     return result
 
 
 def cut(line: str, width: int) -> str:
-    if font(TEXT).getlength(line) <= width:
+    if font_of(line, TEXT).getlength(line) <= width:
         return line
-    while line and font(TEXT).getlength(line + "...") > width:
+    while line and font_of(line, TEXT).getlength(line + "...") > width:
         line = line[:-1]
     return line + "..."
 
@@ -176,12 +188,12 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 def titled(title: str, body: Image.Image, note: str = "") -> Image.Image:
     """A section: its title, a line of explanation, its body."""
     lines = [(line, size) for text, size in ((title, TITLE), (note, TEXT)) for line in text.split("\n") if line]
-    width = max(body.width, *(round(font(size).getlength(line)) for line, size in lines))
+    width = max(body.width, *(round(font_of(line, size).getlength(line)) for line, size in lines))
     height = sum(size + 8 for _, size in lines)
     result = Image.new("RGB", (width, body.height + height), PAPER)
     draw, y = ImageDraw.Draw(result), 0
     for line, size in lines:
-        draw.text((0, y), line, fill=INK, font=font(size))
+        draw.text((0, y), line, fill=INK, font=font_of(line, size))
         y += size + 8
     result.paste(body, (0, height))
     return result

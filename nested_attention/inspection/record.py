@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from unicodedata import normalize
 
 import torch
 import torch.nn.functional as F
@@ -109,14 +110,14 @@ class Record:
 
 
 def is_wanted(label: str, wanted: str) -> bool:
-    words = [word.strip().lower() for word in wanted.split(",") if word.strip()]
+    words = [word.strip().lower() for word in normalize("NFKC", wanted).split(",") if word.strip()]
     return not words or any(word in label.lower() for word in words)
 
 
 def chosen_steps(text: str, total: int) -> set[int]:
     """Steps that "all", "last", "5" or "1-4, 20" mean in a run of so many. Raises ValueError on anything else."""
     chosen: set[int] = set()
-    for part in filter(None, (part.strip().lower() for part in (text.strip() or "all").split(","))):
+    for part in filter(None, (part.strip().lower() for part in (normalize("NFKC", text).strip() or "all").split(","))):
         if part in ("all", "last"):
             chosen |= set(range(1 if part == "all" else total, total + 1))
         elif match := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part):

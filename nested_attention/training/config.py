@@ -201,6 +201,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def read_file(path: Path) -> dict[str, Any]:
+    text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".toml":
@@ -211,4 +212,5 @@ def read_file(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise TrainingError("TOML files need Python 3.11. Write the settings as JSON instead.") from error
     except (OSError, ValueError) as error:
-        raise TrainingError(f"The settings in {path} cannot be read: {error}") from error
+        advice = " Write paths with /, or in TOML in single quotes: 'C:\\people'." if "\\" in text else ""
+        raise TrainingError(f"The settings in {path} cannot be read: {error}.{advice}") from error

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -123,7 +123,7 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
 
 def records(path: Path) -> Records:
     """Raises TrainingError where there is nothing of the kind."""
-    shards = sorted(path.rglob("*.tar")) if path.is_dir() else expand(path) if path.suffix == ".tar" else []
+    shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix == ".tar" else []
     if not path.exists() and not any(shard.exists() for shard in shards):
         raise TrainingError(
             f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
@@ -136,8 +136,16 @@ def records(path: Path) -> Records:
         yield from shard_records(shard)
 
 
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """All files of these kinds in a folder, but hidden ones and what macOS leaves in archives."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(
+        p for p in found if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
+    )
+
+
 def folder_records(folder: Path) -> Records:
-    for image in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and ".subject." not in p.name):
+    for image in (p for p in files_of(folder, SUFFIXES) if ".subject." not in p.name):
         crop = next((c for s in SUFFIXES if (c := image.with_name(f"{image.stem}.subject{s}")).exists()), None)
         yield str(image.relative_to(folder)), lambda image=image, crop=crop: folder_record(image, crop)
 

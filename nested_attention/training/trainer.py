@@ -228,13 +228,16 @@ class Trainer:
     def keep(self, progress: Progress | None) -> None:
         if progress is not None:
             self.guard("The checkpoint", lambda: save_checkpoint(self.checkpoint, self.state()))
-            self.guard("The loss curve", progress.draw)
+            try:
+                progress.draw()
+            except OSError as error:  # nothing that is needed to go on
+                log.warning("The loss curve of step %d could not be written: %s.", self.step, error)
 
     def guard(self, what: str, write: Callable[[], Any]) -> None:
         try:
             write()
         except OSError as error:
-            kept = " The one before it is still there." if self.checkpoint.exists() else ""
+            kept = " The checkpoint before it is still there." if self.checkpoint.exists() else ""
             self.troubles.report(f"{what} of step {self.step} could not be written: {error}.{kept}")
 
     def state(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nested_attention import files
 from nested_attention.adapter import AdapterConfig, NestedAdapter, fingerprint
 from nested_attention.dialects import AdapterFileError, canonical
 from nested_attention.files import build_adapter, load_adapter, read_tensors, save_adapter
@@ -229,3 +230,20 @@ def test_fingerprint_is_that_of_every_processor():
 def test_fingerprint_of_large_tensors():
     """Of CLIP-L's token embedding, say; counted in fp32, its last place is one beyond the end."""
     assert len(fingerprint({"x": torch.zeros(1).expand(49408, 768)})) == 16
+
+
+def test_a_file_that_is_held_for_a_moment_is_written_when_it_is_free(tmp_path, monkeypatch):
+    """As a virus scanner does on Windows."""
+    path, tries = tmp_path / "loss.png", iter([PermissionError, PermissionError, None])
+
+    def replace(new, old):
+        if error := next(tries):
+            raise error(13, "in use")
+        Path(new).rename(old)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(PermissionError):  # elsewhere it is for good
+        files.write_atomically(path, lambda file: file.write(b"1"))
+    monkeypatch.setattr(files, "WAITS", (0.0, 0.0))
+    files.write_atomically(path, lambda file: file.write(b"2"))
+    assert path.read_bytes() == b"2" and len(list(tmp_path.iterdir())) == 1

@@ -118,11 +118,12 @@ def test_steps_and_layers_by_name():
     assert chosen_steps("1-2, 9-20,last", 10) == {1, 2, 9, 10} and chosen_steps("30", 20) == set()
     with pytest.raises(ValueError, match="'first' is no step"):
         chosen_steps("first", 4)
+    assert chosen_steps("1-2，9－20", 10) == {1, 2, 9, 10} and is_wanted("output 1.0 32x32", "input，32x32")
     assert is_wanted("output 1.0 32x32", "input, 32x32") and not is_wanted("output 1.0 32x32", "64x64")
 
 
 def test_points_in_words():
-    assert parse_points(" 0.4,0.3; 1, 0 ;") == [(0.4, 0.3), (1.0, 0.0)]
+    assert parse_points(" 0.4,0.3; 1, 0 ;") == [(0.4, 0.3), (1.0, 0.0)] == parse_points("0.4，0.3；1，0")
     for wrong in ("0.4", "1.2,0", "a,b", "nan,0"):
         with pytest.raises(ValueError, match="is no point"):
             parse_points(f"0.5,0.5; {wrong}")

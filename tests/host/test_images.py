@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def vision():
 
 @pytest.fixture(scope="module")
 def photo():
-    path = __file__.replace("tests/host/test_images.py", "assets/astronaut.png")
+    path = Path(__file__).parents[2] / "assets" / "astronaut.png"
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float()[None] / 255
 
 

@@ -20,27 +20,28 @@ from scripts.locales import main_texts, node_texts, read
 
 ROOT = Path(__file__).parents[2]
 
+# Required inputs are saved before all optional ones ("?"), so a new one has to be optional.
 PROMISES = {
     "NestedAttentionLoadStudio": ("", "MODEL CLIP VAE CLIP_VISION"),
     "NestedAttentionLoadAdapter": ("adapter_name feature_layer norm", "NESTED_ADAPTER"),
-    "NestedAttentionEncodeSubject": ("adapter clip_vision image fit images mask", "NESTED_SUBJECT IMAGE"),
+    "NestedAttentionEncodeSubject": ("adapter clip_vision image fit images mask?", "NESTED_SUBJECT IMAGE"),
     "NestedAttentionApplySubject": (
-        "model clip subject placeholder class_word strength token_weight start_percent end_percent region low_memory "
-        "competition",
+        "model clip subject placeholder class_word strength token_weight start_percent end_percent region? "
+        "low_memory? competition?",
         "MODEL CLIP",
     ),
-    "NestedAttentionAlignFace": ("image order index without_face points face_landmarks", "IMAGE"),
-    "NestedAttentionCropSubject": ("image margin square background x y width height mask", "IMAGE"),
+    "NestedAttentionAlignFace": ("image order index without_face points face_landmarks?", "IMAGE"),
+    "NestedAttentionCropSubject": ("image margin square background x y width height mask?", "IMAGE"),
     "NestedAttentionCombineSubjects": ("subject_a subject_b mode weight", "NESTED_SUBJECT"),
     "NestedAttentionRecord": ("model steps layers picture limit_mb", "MODEL NESTED_RECORD"),
-    "NestedAttentionInspect": ("record subject generated view points layers photo clip_vision", "IMAGE"),
+    "NestedAttentionInspect": ("record subject generated view points layers photo? clip_vision?", "IMAGE"),
     "NestedAttentionPromptInfo": ("clip text", "STRING"),
     "NestedAttentionSaveSubject": ("subject filename_prefix", ""),
-    "NestedAttentionLoadSubject": ("subject_name adapter", "NESTED_SUBJECT"),
+    "NestedAttentionLoadSubject": ("subject_name adapter?", "NESTED_SUBJECT"),
     "NestedAttentionTrain": (
         "model clip vae clip_vision name class_word captions dataset steps learning_rate tokens batch seed resolution "
-        "images crops adapter preview_every preview_prompt accumulation warmup augment min_snr_gamma dim depth norm "
-        "feature_layer gradient_checkpointing cache holdout on_error checkpoint_every",
+        "images? crops? adapter? preview_every? preview_prompt? accumulation? warmup? augment? min_snr_gamma? dim? "
+        "depth? norm? feature_layer? gradient_checkpointing? cache? holdout? on_error? checkpoint_every?",
         "NESTED_ADAPTER IMAGE IMAGE",
     ),
     "NestedAttentionSaveAdapter": ("adapter filename_prefix", ""),
@@ -74,7 +75,7 @@ def test_ids_inputs_and_outputs(pack):
     assert pack.keys() == PROMISES.keys()
     for name, (inputs, outputs) in PROMISES.items():
         schema = pack[name].define_schema()
-        assert " ".join(i.id for i in schema.inputs) == inputs
+        assert " ".join(i.id + "?" * i.optional for i in schema.inputs) == inputs
         assert " ".join(o.io_type for o in schema.outputs) == outputs
 
 
@@ -306,7 +307,7 @@ def test_train_and_save(pack, train, tmp_path):
 def test_train_on_a_dataset(train, tmp_path, monkeypatch):
     make_data(tmp_path / "input")
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
-    for dataset in ("data", str(tmp_path / "input" / "data")):
+    for dataset in ("data", str(tmp_path / "input" / "data"), f'"{tmp_path / "input" / "data"}"'):
         assert train(dataset=dataset, name=str(len(dataset)), steps=1).ui.value.startswith("1 steps")
 
 
@@ -320,6 +321,7 @@ def test_train_says_what_is_wrong(train, tmp_path):
         ({"images": images, "crops": images[:1]}, "one of crops for each of images"),
         ({"images": images, "name": "../person"}, "cannot be the name of a run"),
         ({"images": images, "name": " "}, "cannot be the name of a run"),
+        ({"images": images, "name": "<anna>"}, "cannot be the name of a file everywhere: leave out < >"),
         ({"dataset": "gone"}, "There is no data at .*gone"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=problem):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ffhq
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from nested_attention.crop import area_of, crop_of, cut
 from nested_attention.host.faces import EYES, MOUTH, find_faces
 from nested_attention.host.images import as_batch, masks_of
 
-ASSETS = __file__.replace("tests/host/test_picture.py", "assets/")
+ASSETS = Path(__file__).parents[2] / "assets"
 
 # Points of the face mesh that MediaPipe 0.10.14 found in astronaut.png, in pixels from its edge.
 MESH = {
@@ -27,7 +29,7 @@ FIVE = "203.5 101.5, 247.1 103.8, 223.4 130, 201.8 139.2, 245 141"
 
 
 def photo_of(name):
-    return Image.open(ASSETS + name).convert("RGB")
+    return Image.open(ASSETS / name).convert("RGB")
 
 
 def as_tensor(photo):

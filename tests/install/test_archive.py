@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from scripts.environment import ROOT
 
 FOLDERS = set("assets docs locales nested_attention nodes subgraphs web weights workflows".split())
-FILES = {"CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt"}
+FILES = {"CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt", "train.py"}
 WEIGHTS = {"studio.safetensors", "adapters/studio_person.safetensors", "adapters/studio_pet.safetensors"}
 REGISTRY_LIMIT = 100e6  # bytes; far more would be a mistake
 
