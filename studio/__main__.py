@@ -1,6 +1,6 @@
 """Makes a small model to ship with the pack: `python -m studio [STAGE ...]`, each of which goes on where it was.
 
-Stages, in order: pictures, vision, base, export, adapters, which make what ships, and judge, rivals, ablations,
+Stages, in order: pictures, vision, text, base, export, adapters, which make what ships, and judge, rivals, ablations,
 evidence, which measure it.
 """
 
@@ -17,8 +17,7 @@ from nested_attention.training.__main__ import find_host
 
 HERE = Path(__file__).parent
 STEPS = {
-    "vision": 3500, "base": 3000, "told": 2000, "fine": 2000, "late": 1800,
-    "start": 3000, "adapter": 800, "judge": 3000,
+    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 800, "judge": 3000,
 }  # fmt: skip
 SEEDS = (0, 1)
 PART = 0.125  # of the steps, for the ablations
@@ -46,7 +45,7 @@ def main() -> None:
     import torch
     from comfy.cli_args import args
 
-    args.cpu = True  # it is small enough
+    args.cpu = not torch.cuda.is_available()
     if given.threads:
         torch.set_num_threads(given.threads)
     if "RANK" in os.environ:  # started by torchrun
@@ -79,25 +78,33 @@ def vision(given: argparse.Namespace):
     return train_vision(world(given), given.work, steps(given, "vision"))
 
 
-def base(given: argparse.Namespace):
-    from .train_base import PARTS, train_base
+def text(given: argparse.Namespace):
+    """The encoder and its words."""
+    from .train_text import train_text
     from .words import Words
 
     scenes = world(given)
     words = Words(scenes)
-    return train_base(scenes, words, given.work, {part: steps(given, part) for part in PARTS}), words
+    return train_text(scenes, words, given.work, steps(given, "text")), words
+
+
+def base(given: argparse.Namespace):
+    """Trains the text encoder first, if that is not done yet."""
+    from .train_base import train_base
+
+    encoder, words = text(given)
+    return train_base(world(given), words, encoder, given.work, steps(given, "base")), words
 
 
 def export(given: argparse.Namespace) -> None:
     """Trains what is not trained yet."""
     from .export import export
-    from .train_base import PARTS
 
     painter, words = base(given)
     notes = {
         "command": "python -m studio",
         "seed": 0,
-        "steps": {part: steps(given, part) for part in ("vision", *PARTS)},
+        "steps": {part: steps(given, part) for part in ("vision", "text", "base")},
     }
     export(painter, vision(given), words, given.weights, notes)
 
@@ -177,7 +184,8 @@ def evidence(given: argparse.Namespace) -> None:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (pictures, vision, base, export, adapters, judge, rivals, ablations, evidence)
+    stage.__name__: stage
+    for stage in (pictures, vision, text, base, export, adapters, judge, rivals, ablations, evidence)
 }
 
 if __name__ == "__main__":

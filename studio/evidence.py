@@ -29,7 +29,8 @@ from nested_attention.host.images import features, fit
 from nested_attention.subject import Subject, join_photos
 
 from . import animals, people, places
-from .judge import Judge, truth
+from .attributes import truth
+from .judge import Judge
 from .pictures import SIDE, VIEWS
 from .rivals import apply_decoupled
 from .scenes import SMALL, STANDS, World, as_pixels
@@ -186,9 +187,9 @@ def score(world: World, judge: Judge, cases: Sequence[Case], pictures: Tensor) -
     """For each case, mean over its subjects: the part of identity attributes that are right, of what the prompt asks,
     and whether the right one is found among 50.
     """
-    seen, rows = judge(pictures), []
+    seen, options, rows = judge(pictures), judge.heads.options, []
     for i, case in enumerate(cases):
-        named = {k: {key: o[seen[k][key][i].argmax()] for key, o in judge.values[k].items()} for k in judge.values}
+        named = {k: {key: o[seen[k][key][i].argmax()] for key, o in options[k].items()} for k in options}
         of = {k: world.casts[k].identities[n] for k, n in case.numbers.items()}
         right = {k: np.mean([named[k][key] == of[k][key] for key in ATTRIBUTES[k].IDENTITY]) for k in of}
         asked = [named[k][key] == case.wanted[k][key] for k in of for key in ASKED[k]]
@@ -204,7 +205,7 @@ def retrieved(world: World, judge: Judge, kind: str, seen: dict[str, Tensor], ca
     """Whether nobody of 49 others fits better to what the judge sees than who was asked for."""
     cast, number = world.casts[kind], case.numbers[kind]
     others = Random(f"candidates {case.seed}").sample([n for n in cast.held_out() if n != number], CANDIDATES - 1)
-    values = judge.values[kind]
+    values = judge.heads.options[kind]
     fit = [
         sum(seen[key][values[key].index(cast.identities[n][key])].item() for key in ATTRIBUTES[kind].IDENTITY)
         for n in (number, *others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,9 +20,9 @@ LICENSE = (
 )
 
 
-def export(painter: nn.Module, namer: nn.Module, words: Words, weights: Path, notes: dict[str, str]) -> Path:
+def export(painter: nn.Module, namer: nn.Module, words: Words, weights: Path, notes: dict[str, Any]) -> Path:
     """One safetensors file in fp16: the UNet, the text encoder with the words it knows, the image encoder."""
-    text = painter.text.state_dict()
+    text = painter.text.model.state_dict()
     table = text[EMBEDDING]
     text[EMBEDDING] = torch.cat((table[:UNKNOWN], table[UNKNOWN + 1 :]))
     parts: dict[str, dict[str, Tensor]] = {

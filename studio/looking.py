@@ -21,7 +21,7 @@ from nested_attention.attention import merge_heads, split_heads
 from nested_attention.host.layers import Site, cross_attention_sites
 
 from .scenes import SIDE, Scene, World
-from .words import Words
+from .words import Words, noun_columns
 
 SHARE = 0.3  # of the attention, that a noun is to have where its figure is
 GRID = 16  # side of the largest layer with attention to the text
@@ -39,15 +39,11 @@ def shapes(world: World, scene: Scene) -> Tensor:
     return torch.from_numpy(np.stack(found))
 
 
-def noun_columns(scene: Scene, world: World, words: Words) -> list[int]:
-    """Where the noun of each figure stands among the tokens of the scene's caption."""
-    tokens = words.tokenizer(scene.caption)["input_ids"]
-    columns: list[int] = []
-    for figure in scene.figures:
-        names = ["person"] if figure.kind == "people" else ["pet", world.attributes(figure)[0]["kind"]]
-        ends = [words.tokenizer(name)["input_ids"][-2] for name in names]
-        columns.append(next(i for end in ends for i, t in enumerate(tokens) if t == end and i not in columns))
-    return columns
+def looked_at(world: World, words: Words, scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, Tensor]:
+    """`wanted` and `nouns` of Looking. A caption that was dropped has no nouns."""
+    told = [i for i, caption in enumerate(captions) if caption]
+    nouns = [(i, column) for i in told for column in noun_columns(captions[i], scenes[i].figures, world, words)]
+    return {"wanted": torch.cat([shapes(world, scenes[i]) for i in told]) * SHARE, "nouns": torch.tensor(nouns)}
 
 
 @dataclass
@@ -55,24 +51,12 @@ class Looking:
     """What the cross-attention layers of a batch look at, against what they should: collects `errors`.
 
     wanted   the attention that each noun should have, [nouns, GRID, GRID]
-    rows, columns   [nouns]: the picture of the batch, and the token
+    nouns    the picture of the batch, and the token, [nouns, 2]
     """
 
     wanted: Tensor
-    rows: Tensor
-    columns: Tensor
+    nouns: Tensor
     errors: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def at(cls, world: World, words: Words, scenes: Sequence[Scene], captions: Sequence[str]) -> Looking:
-        """Rows whose caption was dropped have no nouns."""
-        told = [i for i, caption in enumerate(captions) if caption]
-        columns = {i: noun_columns(scenes[i], world, words) for i in told}
-        return cls(
-            torch.cat([shapes(world, scenes[i]) for i in told]) * SHARE,
-            torch.tensor([i for i in told for _ in columns[i]]),
-            torch.tensor([column for i in told for column in columns[i]]),
-        )
 
     def options(self, unet: nn.Module) -> dict[str, Any]:
         """The host's options for a forward of the UNet that is watched."""
@@ -85,7 +69,7 @@ class Looking:
             p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1)
             side = round(q.shape[2] ** 0.5)
             wanted = rearrange(F.adaptive_avg_pool2d(self.wanted, side), "s h w -> s 1 (h w)")
-            seen = p[self.rows, :, :, self.columns].clamp(1e-6, 1 - 1e-6)
+            seen = p[self.nouns[:, 0], :, :, self.nouns[:, 1]].clamp(1e-6, 1 - 1e-6)
             self.errors.append(-(wanted * seen.log() + (1 - wanted) * (1 - seen).log()).mean())
             return merge_heads(p.to(v.dtype) @ v)
 

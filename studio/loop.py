@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from comfy.clip_model import CLIPLayer
+from comfy.model_management import get_torch_device
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from nested_attention.training.trainer import world
 
@@ -25,22 +27,18 @@ from nested_attention.training.trainer import world
 class Plan:
     """steps of AdamW: the rate rises over `warmup`, then falls along a cosine to a twentieth.
 
-    horizon   where the cosine ends, if not at the last step
-    slower    factors on the rate of the parameters whose names begin so
+    slower   factors on the rate of the parameters whose names begin so
     """
 
     steps: int
-    horizon: int = 0
-    slower: Mapping[str, float] = field(default_factory=dict)
     rate: float = 1e-3
+    slower: Mapping[str, float] = field(default_factory=dict)
     warmup: int = 100
     decay: float = 0.01
     ema: float = 0.998
-    save_every: int = 100
-    seed: int = 0
 
     def at(self, step: int) -> float:
-        fall = 0.05 + 0.95 * (1 + math.cos(math.pi * step / (self.horizon or self.steps))) / 2
+        fall = 0.05 + 0.95 * (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.rate * min(1.0, (step + 1) / self.warmup) * fall
 
 
@@ -65,25 +63,51 @@ def clip_layer(self: CLIPLayer, x: Tensor, mask: Tensor | None = None, optimized
     return x + self.mlp(self.layer_norm2(x))
 
 
-def half(enabled: bool = True) -> torch.autocast:
-    """bf16, on CPUs that compute in it; others are slower in it than in fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled and torch.cpu._is_avx512_bf16_supported())
+def half(device: torch.device, enabled: bool = True) -> torch.autocast:
+    """bf16, on GPUs, and on CPUs that compute in it; others are slower in it than in fp32."""
+    able = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and able)
 
 
-Loss = Callable[[int, torch.Generator], Tensor | dict[str, Tensor]]
+def share(batch: int) -> int:
+    """How many samples of a step's batch are this process's."""
+    return batch // world()[1]
 
 
-def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Module:
-    """Train in place and return the running mean. All chance of a step comes from its own generator.
+Batch = dict[str, Tensor]
+SAVE_AFTER = 30.0  # seconds
 
-    Processes of torchrun each take a batch of a step and average the gradients: two of one thread each are twice as
-    fast as one of two.
 
-    loss_of   of a batch's number and its random numbers: a loss, or named ones to add up
-    folder    of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
+@dataclass(frozen=True)
+class Batches(Dataset[Batch]):
+    """Batches by their number, from which alone all chance in them comes."""
+
+    make: Callable[[int, torch.Generator], Batch]
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.make(number, torch.Generator().manual_seed(number))
+
+
+def train(
+    module: nn.Module,
+    batch_of: Callable[[int, torch.Generator], Batch],
+    losses_of: Callable[[Batch], dict[str, Tensor]],
+    plan: Plan,
+    folder: Path,
+) -> nn.Module:
+    """Train in place, on the host's device, and return the running mean of the module on the CPU.
+
+    Processes of torchrun, on a CPU, each take a part of a step's batch and average the gradients: two of one thread
+    each are twice as fast as one of two. Where a GPU would wait for them, batches are made by processes of their own.
+
+    batch_of    of its number and its random numbers; made on the CPU, perhaps in a forked process
+    losses_of   of a batch, named; their sum is what falls
+    folder      of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
     """
     folder.mkdir(parents=True, exist_ok=True)
     rank, processes = world()
+    device = get_torch_device()
+    module.to(device)
     mean = copy.deepcopy(module).requires_grad_(False)
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: dict[float, list[nn.Parameter]] = {}
@@ -92,22 +116,28 @@ def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Modu
         groups.setdefault(factor, []).append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": members, "factor": factor} for factor, members in groups.items()],
-        plan.rate, weight_decay=plan.decay, betas=(0.9, 0.99),
+        plan.rate, weight_decay=plan.decay, betas=(0.9, 0.99), fused=True,
     )  # fmt: skip
     step, state_file = 0, folder / "state.pt"
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, map_location=device, weights_only=True)
         module.load_state_dict(state["module"])
         mean.load_state_dict(state["mean"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    since, first = time.monotonic(), step
-    while step < plan.steps:
+    numbers = range(step * processes + rank, plan.steps * processes, processes)
+    helpers = max(1, (os.cpu_count() or 1) // 4) if device.type == "cuda" and hasattr(os, "fork") else 0
+    batches = DataLoader(
+        Batches(batch_of), batch_size=None, sampler=numbers, num_workers=helpers, pin_memory=helpers > 0,
+        multiprocessing_context="fork" if helpers else None,
+    )  # fmt: skip
+    since = saved = time.monotonic()
+    first = step
+    for batch in batches:
         for group in optimizer.param_groups:
             group["lr"] = plan.at(step) * group["factor"]
-        batch = step * processes + rank
-        losses = loss_of(batch, torch.Generator().manual_seed(plan.seed * 1_000_003 + batch))
-        losses = losses if isinstance(losses, dict) else {"loss": losses}
+        torch.manual_seed(step * processes + rank)  # of dropout
+        losses = losses_of({name: value.to(device, non_blocking=True) for name, value in batch.items()})
         sum(losses.values()).backward()
         if processes > 1:
             average_gradients(parameters, processes)
@@ -116,20 +146,19 @@ def train(module: nn.Module, loss_of: Loss, plan: Plan, folder: Path) -> nn.Modu
         optimizer.zero_grad()
         step += 1
         keep = min(plan.ema, step / (step + 10))
-        with torch.no_grad():
-            for average, now in zip(mean.parameters(), module.parameters(), strict=True):
-                average.lerp_(now, 1 - keep)
+        torch._foreach_lerp_(list(mean.parameters()), [p.detach() for p in module.parameters()], 1 - keep)
         if rank == 0 and (step % 20 == 0 or step == plan.steps):
-            numbers = {name: round(value.item(), 5) for name, value in losses.items()}
-            line = {"step": step, **numbers, "seconds_a_step": round((time.monotonic() - since) / (step - first), 3)}
+            found = {name: round(value.item(), 5) for name, value in losses.items()}
+            line = {"step": step, **found, "seconds_a_step": round((time.monotonic() - since) / (step - first), 3)}
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             print(line, flush=True)
-        if rank == 0 and (step % plan.save_every == 0 or step == plan.steps):
+        if rank == 0 and (time.monotonic() - saved > SAVE_AFTER or step == plan.steps):
             parts = {"module": module, "mean": mean, "optimizer": optimizer}
             torch.save({"step": step, **{k: v.state_dict() for k, v in parts.items()}}, state_file.with_suffix(".part"))
             os.replace(state_file.with_suffix(".part"), state_file)
-    return mean
+            saved = time.monotonic()
+    return mean.cpu()
 
 
 def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:

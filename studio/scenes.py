@@ -56,13 +56,16 @@ class World:
     ) -> Scene:
         """`told` is how often a caption tells each attribute of an identity."""
         kinds = kinds or rng.choice((("people",), ("people",), ("animals",), ("people", "animals")))
-        figures = tuple(self.figure(kind, i, kinds, rng, held_out) for i, kind in enumerate(kinds))
+        figures = self.figures(kinds, rng, held_out)
         place = self.place(rng)
         picture = small(self.draw(place, figures, rng))
         return Scene(picture, self.caption(figures, place, rng, told), place, figures)
 
     def place(self, rng: Random) -> str:
         return places.draw_place(rng)
+
+    def figures(self, kinds: tuple[str, ...], rng: Random, held_out: bool = False) -> tuple[Figure, ...]:
+        return tuple(self.figure(kind, i, kinds, rng, held_out) for i, kind in enumerate(kinds))
 
     def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random, held_out: bool) -> Figure:
         members: Cast = self.casts[kind]
@@ -75,9 +78,7 @@ class World:
     def words(self, rng: Random) -> str:
         """A caption without its picture."""
         kinds = rng.choice((("people",), ("animals",)))
-        return self.caption(
-            tuple(self.figure(k, i, kinds, rng, False) for i, k in enumerate(kinds)), self.place(rng), rng, 0.9
-        )
+        return self.caption(self.figures(kinds, rng), self.place(rng), rng, 0.9)
 
     def draw(self, place: str, figures: tuple[Figure, ...], rng: Random) -> np.ndarray:
         canvas = Image.fromarray(np.array(rng.choice(self.backgrounds[place])))
@@ -97,6 +98,11 @@ class World:
     def attributes(self, figure: Figure) -> tuple[dict[str, str], dict[str, str]]:
         members = self.casts[figure.kind]
         return members.identities[figure.number], members.views[figure.number][figure.view]
+
+    def known(self, figure: Figure) -> dict[str, str]:
+        """All that is true of somebody: who it is, and how they look in this view."""
+        identity, view = self.attributes(figure)
+        return {**identity, **view}
 
     def caption(self, figures: tuple[Figure, ...], place: str, rng: Random, told: float) -> str:
         phrases = [self.phrase(figure, rng, told) for figure in figures]

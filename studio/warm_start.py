@@ -21,7 +21,7 @@ from nested_attention.host.base import Base, fresh_adapter
 from nested_attention.host.images import features, fit
 from nested_attention.training.config import TrainingConfig
 
-from .loop import Plan, train
+from .loop import Batch, Plan, share, train
 from .pictures import VIEWS
 from .scenes import World, as_pixels
 
@@ -34,14 +34,22 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
     with base.frozen():
         adapter = fresh_adapter(config, base)
         states = described(world, base, kind, config.class_word, config.queries)
-        photos = cache(lambda: photographed(world, base, kind, adapter.config, config.fit))
 
-        def loss(step: int, chance: torch.Generator) -> Tensor:
-            seen, who = photos()
-            rows = torch.randint(len(who), (BATCH,), generator=chance)
-            return F.mse_loss(adapter.resampler(seen[rows]), states[who[rows]])
+        @cache
+        def known(device: torch.device) -> tuple[Tensor, Tensor]:
+            seen, who = photographed(world, base, kind, adapter.config, config.fit)
+            return seen.to(device), states[who].to(device)
 
-        adapter.resampler = train(adapter.resampler, loss, Plan(steps, rate=2e-3, warmup=50, ema=0.99), folder)
+        def batch(number: int, chance: torch.Generator) -> Batch:
+            return {"rows": torch.randint(len(world.casts[kind].trained()) * VIEWS, (share(BATCH),), generator=chance)}
+
+        def losses(batch: Batch) -> dict[str, Tensor]:
+            rows = batch["rows"]
+            seen, wanted = known(rows.device)
+            return {"loss": F.mse_loss(adapter.resampler(seen[rows]), wanted[rows])}
+
+        plan = Plan(steps, rate=2e-3, warmup=50, ema=0.99)
+        adapter.resampler = train(adapter.resampler, batch, losses, plan, folder)
     return adapter
 
 

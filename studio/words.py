@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from .scenes import World
+from .scenes import Figure, World
 
 LENGTH, END = 77, 49407
 UNKNOWN = 0  # row of the embedding for every token that captions do not hold
@@ -42,3 +43,14 @@ class Words:
         lengths = torch.tensor([len(row) for row in rows])
         padded = torch.tensor([row + [self.rows[END]] * (LENGTH - len(row)) for row in rows])
         return padded, (torch.arange(LENGTH) < lengths[:, None]).unsqueeze(-1).float()
+
+
+def noun_columns(caption: str, figures: Sequence[Figure], world: World, words: Words) -> list[int]:
+    """Where the noun of each figure stands among the tokens of the caption that tells of them."""
+    tokens = words.tokenizer(caption)["input_ids"]
+    columns: list[int] = []
+    for figure in figures:
+        names = ["person"] if figure.kind == "people" else ["pet", world.attributes(figure)[0]["kind"]]
+        ends = [words.tokenizer(name)["input_ids"][-2] for name in names]
+        columns.append(next(i for end in ends for i, t in enumerate(tokens) if t == end and i not in columns))
+    return columns

@@ -26,6 +26,7 @@ from studio import (
     rivals,
     scenes,
     train_base,
+    train_text,
     train_vision,
     warm_start,
     words,
@@ -60,10 +61,10 @@ def vocabulary(world):
 
 @pytest.fixture(scope="module")
 def weights(world, work, vocabulary):
-    """The base model and the image encoder after two steps."""
-    painter = train_base.train_base(world, vocabulary, work, dict.fromkeys(train_base.PARTS, 2))
-    namer = train_vision.train_vision(world, work, 2)
-    export.export(painter, namer, vocabulary, work / "weights", {})
+    """The base model after two steps, and the folder of its file, with the image encoder's."""
+    text = train_text.train_text(world, vocabulary, work, 2)
+    painter = train_base.train_base(world, vocabulary, text, work, 2)
+    export.export(painter, train_vision.train_vision(world, work, 2), vocabulary, work / "weights", {})
     return painter, work / "weights"
 
 
@@ -77,16 +78,22 @@ def test_the_host_encodes_text_as_the_training_did(weights, vocabulary):
     text = "a happy person wearing a red hoodie"
     states = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
     with torch.no_grad():
-        expected = painter.encode(*vocabulary.batch([vocabulary(text)]))
+        expected = painter.text(*vocabulary.batch([vocabulary(text)]))
     torch.testing.assert_close(states, expected, rtol=0.02, atol=0.02)  # weights in half precision
 
 
 def test_a_warm_start_comes_closer_to_what_a_caption_says(world, work, weights):
     base = load_studio(weights[1])
     config = adapters.settings("people", work, work, 2)
-    warm_start.warm_start(world, base, "people", config, work / "warm", 100)
+    warm_start.warm_start(world, base, "people", config, work / "warm", 150)
     found = [line["loss"] for line in losses(work / "warm")]
     assert found[-1] < 0.5 * found[0]
+
+
+def test_a_text_encoder_learns_to_tell_what_its_words_say(world, work, vocabulary):
+    train_text.train_text(world, vocabulary, work / "telling", 40)
+    found = [line["loss"] for line in losses(work / "telling" / "text")]
+    assert found[-1] < 0.9 * found[0]
 
 
 def test_an_unknown_word_is_one_known_vector(weights):
@@ -106,7 +113,8 @@ def test_pixels_survive_the_vae(weights):
 def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
     """What is finished is read, not trained again."""
     before = losses(work / "base")
-    painter = train_base.train_base(world, vocabulary, work, dict.fromkeys(train_base.PARTS, 2))
+    text = train_text.train_text(world, vocabulary, work, 2)
+    painter = train_base.train_base(world, vocabulary, text, work, 2)
     assert losses(work / "base") == before
     assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
 
@@ -117,7 +125,7 @@ def test_nouns_stand_where_their_figures_do(world, vocabulary):
         for told in (0.0, 1.0):
             scene = world.scene(rng, kinds=kinds, told=told)
             tokens = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.tokenizer(scene.caption)["input_ids"])
-            columns = looking.noun_columns(scene, world, vocabulary)
+            columns = words.noun_columns(scene.caption, scene.figures, world, vocabulary)
             nouns = [{"person", "pet", world.attributes(f)[0].get("kind", "")} for f in scene.figures]
             assert all(tokens[c].removesuffix("</w>") in names for c, names in zip(columns, nouns, strict=True)), tokens
             assert sorted(set(columns)) == columns  # as the figures stand, from left to right
@@ -133,11 +141,11 @@ def test_what_is_looked_at_can_be_learned_and_changes_no_forward(world, vocabula
     unet = copy.deepcopy(weights[0].unet).requires_grad_(True)
     torch.nn.init.normal_(unet.out[-1].weight, std=0.1)  # after two steps it lets hardly anything out
     scene = world.scene(Random(0), kinds=("people", "people"))
-    states = weights[0].encode(*vocabulary.batch([vocabulary(scene.caption)])).detach()
+    states = weights[0].text(*vocabulary.batch([vocabulary(scene.caption)])).detach()
     noisy = torch.randn(1, 12, 32, 32, generator=torch.Generator().manual_seed(0))
     errors = []
     for _ in range(2):
-        watched = looking.Looking.at(world, vocabulary, [scene], [scene.caption])
+        watched = looking.Looking(**looking.looked_at(world, vocabulary, [scene], [scene.caption]))
         out = unet(noisy, torch.tensor([500.0]), context=states, transformer_options=watched.options(unet))
         torch.testing.assert_close(out, unet(noisy, torch.tensor([500.0]), context=states), rtol=1e-3, atol=1e-4)
         assert len(watched.errors) == 7
