@@ -21,6 +21,7 @@ from studio import (
     inside,
     judge,
     looking,
+    loop,
     pictures,
     report,
     rivals,
@@ -117,6 +118,32 @@ def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
     painter = train_base.train_base(world, vocabulary, text, work, 2)
     assert losses(work / "base") == before
     assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
+
+
+def test_a_stopped_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
+    """With dropout, whose chance is not in the batches."""
+    monkeypatch.setattr(loop, "SAVE_AFTER", 0.0)
+
+    def trained(folder, stop_at):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        steps = iter(range(stop_at))
+
+        def losses_of(batch):
+            next(steps)
+            return {"loss": (module(batch["x"]) - 1).square().mean()}
+
+        def batch_of(number, chance):
+            return {"x": torch.randn(16, 4, generator=chance)}
+
+        return loop.train(module, batch_of, losses_of, loop.Plan(6, rate=0.1, warmup=1), folder)
+
+    straight = trained(tmp_path / "straight", 6)
+    with pytest.raises(StopIteration):
+        trained(tmp_path / "parts", 3)
+    parts = trained(tmp_path / "parts", 3)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), parts.parameters(), strict=True))
+    assert [line["step"] for line in losses(tmp_path / "parts")] == [6]
 
 
 def test_nouns_stand_where_their_figures_do(world, vocabulary):
