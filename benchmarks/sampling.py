@@ -1,4 +1,4 @@
-"""One sampling step of a full-width SD1.5 UNet with no, one, two and four subjects.
+"""One sampling step of a full-width UNet, SD 1.5's or SDXL's, with no, one, two and four subjects.
 
 ComfyUI's own UNet, guider (cond and uncond, one batch) and sampler, with random weights: the arithmetic costs the same
 as with trained ones. Subjects come from an adapter of 1024 nested tokens, through the pack's own host code. A step is
@@ -45,25 +45,33 @@ from nested_attention.host.layers import cross_attention_sites  # noqa: E402
 from nested_attention.host.marks import Mark, Section, digest  # noqa: E402
 from nested_attention.host.run import AppliedSubject, Personalization, Run  # noqa: E402
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "context_dim": 768,
-    "num_heads": 8,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": False,
-    "legacy": False,
+COMMON = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True,
+    "use_temporal_attention": False, "legacy": False,
+}  # fmt: skip
+UNETS = {
+    "sd15": {
+        **COMMON, "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "context_dim": 768, "num_heads": 8,
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "use_linear_in_transformer": False,
+    },
+    "sdxl": {
+        **COMMON, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "context_dim": 2048, "num_head_channels": 64,
+        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "use_linear_in_transformer": True,
+        "num_classes": "sequential", "adm_in_channels": 2816,
+    },
+}  # fmt: skip
+KINDS = {
+    "sd15": (comfy.supported_models.SD15, comfy.model_base.BaseModel),
+    "sdxl": (comfy.supported_models.SDXL, comfy.model_base.SDXL),
 }
 TEXT, NESTED = 77, 1024
 SIGMAS = (8.0, 4.0, 2.0, 0.0)
-VARIANTS = {"no patch": 0, "1 subject": 1, "2 subjects": 2, "4 subjects": 4}
+VARIANTS = {  # how many subjects, and whether their keys and values lie in main memory
+    "no patch": (0, False), "1 subject": (1, False), "1, low_memory": (1, True), "2 subjects": (2, False),
+    "4 subjects": (4, False),
+}  # fmt: skip
 
 
 def settle(module: torch.nn.Module) -> None:
@@ -74,28 +82,30 @@ def settle(module: torch.nn.Module) -> None:
         weight.data.uniform_(-bound, bound, generator=make)
 
 
-def make_model(dtype: torch.dtype) -> ModelPatcher:
-    config = comfy.supported_models.SD15({**UNET, "dtype": dtype})
+def make_model(name: str, dtype: torch.dtype) -> ModelPatcher:
+    kind, build = KINDS[name]
+    config = kind({**UNETS[name], "dtype": dtype})
     config.set_inference_dtype(dtype, None)
-    model = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
+    model = build(config, device=torch.device("cpu"))
     settle(model.diffusion_model)
     device = comfy.model_management.get_torch_device()
     return CoreModelPatcher(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
 
 
 def make_adapter(model: ModelPatcher) -> LoadedAdapter:
-    layers = tuple(site.inner for site in cross_attention_sites(model.model.diffusion_model))
+    sites = cross_attention_sites(model.model.diffusion_model)
+    layers = tuple(site.inner for site in sites)
     former = {"image_dim": 1280, "dim": 64, "depth": 1, "heads": 1, "dim_head": 64}  # its size plays no part here
-    config = AdapterConfig(**former, queries=NESTED, output_dim=UNET["context_dim"], layers=layers)
+    config = AdapterConfig(**former, queries=NESTED, output_dim=sites[0].context, layers=layers)
     adapter = NestedAdapter(config, operations=comfy.ops.manual_cast)
     settle(adapter)
     patcher = CoreModelPatcher(adapter, model.load_device, model.offload_device)
     return LoadedAdapter(patcher, config, "benchmark", "benchmark")
 
 
-def make_subjects(adapter: LoadedAdapter, count: int) -> list[AppliedSubject]:
-    tokens = torch.randn(count, 1, NESTED, UNET["context_dim"])
-    return [AppliedSubject(f"<{i}>", tokens[i], adapter) for i in range(count)]
+def make_subjects(adapter: LoadedAdapter, count: int, low_memory: bool = False) -> list[AppliedSubject]:
+    tokens = torch.randn(count, 1, NESTED, adapter.config.output_dim)
+    return [AppliedSubject(f"<{i}>", tokens[i], adapter, low_memory=low_memory) for i in range(count)]
 
 
 def patched(model: ModelPatcher, subjects: list[AppliedSubject]) -> ModelPatcher:
@@ -111,7 +121,8 @@ def make_guider(model: ModelPatcher, subjects: list[AppliedSubject], texts: Tens
     marks = tuple(Mark(s.placeholder, 3 + i, 1.0, texts[0, 3 + i]) for i, s in enumerate(subjects))
     record = {KEY: [Section(digest(texts[0]), TEXT, marks)]} if marks else {}
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds([[texts[:1], record]], [[texts[1:], {}]])
+    pooled = {"pooled_output": torch.zeros(1, 1280)}  # which SDXL wants
+    guider.set_conds([[texts[:1], {**pooled, **record}]], [[texts[1:], pooled]])
     guider.set_cfg(7.0)
     return guider
 
@@ -142,10 +153,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def measure_steps(model: ModelPatcher, adapter: LoadedAdapter, latent: int, runs: int) -> dict[str, list[float]]:
-    texts, noise = torch.randn(2, TEXT, UNET["context_dim"]), torch.randn(1, 4, latent, latent)
+    texts, noise = torch.randn(2, TEXT, adapter.config.output_dim), torch.randn(1, 4, latent, latent)
     guiders = {}
-    for name, count in VARIANTS.items():
-        subjects = make_subjects(adapter, count)
+    for name, (count, low_memory) in VARIANTS.items():
+        subjects = make_subjects(adapter, count, low_memory)
         guiders[name] = make_guider(patched(model, subjects), subjects, texts)
     times: dict[str, list[float]] = {name: [] for name in guiders}
     step_seconds(guiders["no patch"], noise)
@@ -179,9 +190,12 @@ def rows(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="latents of 16 x 16, one run, one backend")
-    parser.add_argument("--latent", type=int, help="height and width of the latent; default 32, on a GPU 64")
+    parser.add_argument("--model", choices=UNETS, default="sd15")
+    parser.add_argument(
+        "--latent", type=int, help="height and width of the latent; default 32, on a GPU 64 or 128"
+    )
     parser.add_argument("--runs", type=int, help="runs of each variant, two timed steps each; default 7")
-    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/sampling-DEVICE.json")
+    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/sampling-MODEL-DEVICE.json")
     parser.add_argument(
         "--threads", type=int, help="of torch on the CPU; default all cores. With 1 processor time is measured"
     )
@@ -189,21 +203,21 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     cuda = torch.cuda.is_available()
-    latent = arguments.latent or (16 if arguments.quick else 64 if cuda else 32)
+    latent = arguments.latent or (16 if arguments.quick else (128 if arguments.model == "sdxl" else 64) if cuda else 32)
     runs = arguments.runs or (1 if arguments.quick else 7)
     dtype = torch.float16 if cuda else torch.float32
-    about = {**machine(), "dtype": str(dtype), "latent": latent, "runs": runs}
+    about = {**machine(), "model": arguments.model, "dtype": str(dtype), "latent": latent, "runs": runs}
     lines = []
     with torch.inference_mode():
         torch.manual_seed(0)
-        model = make_model(dtype)
+        model = make_model(arguments.model, dtype)
         adapter = make_adapter(model)
         for name in ("pytorch",) if cuda or arguments.quick else ("sub_quad", "pytorch"):
             with backend(name):
                 lines += rows(name, measure_steps(model, adapter, latent, runs))
         projection = projection_seconds(model, adapter, runs)
     print(table(lines) + f"\n\nProjecting the nested keys and values of a subject, once a run: {projection:.2f} s")
-    output = arguments.output or RESULTS / f"sampling-{'cuda' if cuda else 'cpu'}.json"
+    output = arguments.output or RESULTS / f"sampling-{arguments.model}-{'cuda' if cuda else 'cpu'}.json"
     write_results(output, machine=about, steps=lines, projection_s=projection)
 
 
