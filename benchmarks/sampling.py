@@ -44,27 +44,11 @@ from nested_attention.host.adapters import LoadedAdapter  # noqa: E402
 from nested_attention.host.layers import cross_attention_sites  # noqa: E402
 from nested_attention.host.marks import Mark, Section, digest  # noqa: E402
 from nested_attention.host.run import AppliedSubject, Personalization, Run  # noqa: E402
+from scripts.unets import UNET_COMMON, UNET_SD15, UNET_SDXL  # noqa: E402
 
-COMMON = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True,
-    "use_temporal_attention": False, "legacy": False,
-}  # fmt: skip
-UNETS = {
-    "sd15": {
-        **COMMON, "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "context_dim": 768, "num_heads": 8,
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "use_linear_in_transformer": False,
-    },
-    "sdxl": {
-        **COMMON, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "context_dim": 2048, "num_head_channels": 64,
-        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "use_linear_in_transformer": True,
-        "num_classes": "sequential", "adm_in_channels": 2816,
-    },
-}  # fmt: skip
-KINDS = {
-    "sd15": (comfy.supported_models.SD15, comfy.model_base.BaseModel),
-    "sdxl": (comfy.supported_models.SDXL, comfy.model_base.SDXL),
+MODELS = {
+    "sd15": (comfy.supported_models.SD15, comfy.model_base.BaseModel, UNET_SD15),
+    "sdxl": (comfy.supported_models.SDXL, comfy.model_base.SDXL, UNET_SDXL),
 }
 TEXT, NESTED = 77, 1024
 SIGMAS = (8.0, 4.0, 2.0, 0.0)
@@ -83,8 +67,8 @@ def settle(module: torch.nn.Module) -> None:
 
 
 def make_model(name: str, dtype: torch.dtype) -> ModelPatcher:
-    kind, build = KINDS[name]
-    config = kind({**UNETS[name], "dtype": dtype})
+    kind, build, unet = MODELS[name]
+    config = kind({**UNET_COMMON, **unet, "use_temporal_attention": False, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
     model = build(config, device=torch.device("cpu"))
     settle(model.diffusion_model)
@@ -190,10 +174,8 @@ def rows(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="latents of 16 x 16, one run, one backend")
-    parser.add_argument("--model", choices=UNETS, default="sd15")
-    parser.add_argument(
-        "--latent", type=int, help="height and width of the latent; default 32, on a GPU 64 or 128"
-    )
+    parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--latent", type=int, help="height and width of the latent; default 32, on a GPU 64 or 128")
     parser.add_argument("--runs", type=int, help="runs of each variant, two timed steps each; default 7")
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/sampling-MODEL-DEVICE.json")
     parser.add_argument(

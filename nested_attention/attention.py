@@ -165,13 +165,12 @@ def personalize(
 def swap_values(out: Tensor, q: Tensor, p: Tensor, v_s: Tensor, token: NestedToken) -> None:
     """Add p_s (v* - V_s) of one subject's columns to `out`: p [B, H, N, S], V_s [B, H, S, D]."""
     # Only `out` changes in place: the rest is kept for gradients. One pass a term, and none makes a tensor of its size.
-    # Nothing is computed that changes nothing: on a fast GPU, starting a kernel takes longer than the kernel.
+    # A factor of 1 and a sum of one are left out: on a fast GPU, starting a kernel takes longer than the kernel.
     star = per_query_values(q, token)
-    weight = p if token.norm == "off" else p * norm_scale(star, v_s, token)
-    weight = weight if weight.shape[-1] == 1 else weight.sum(-1, keepdim=True)
-    if token.norm != "off":  # where v* is 0 the scale is beyond fp16, and infinity times 0 would be no number
-        weight = weight.clamp_max(torch.finfo(star.dtype).max)
-    out.addcmul_(star, weight.to(star.dtype))
+    scaled = p if token.norm == "off" else p * norm_scale(star, v_s, token)
+    weight = scaled if scaled.shape[-1] == 1 else scaled.sum(-1, keepdim=True)
+    # Where v* is 0 the scale is beyond fp16, and infinity times 0 would be no number.
+    out.addcmul_(star, weight.clamp_max(torch.finfo(star.dtype).max).to(star.dtype))
     for part, shared in zip(p.to(v_s.dtype).split(1, dim=-1), v_s.split(1, dim=2), strict=True):
         out.addcmul_(part, shared, value=-1)
 

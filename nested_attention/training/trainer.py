@@ -228,17 +228,19 @@ class Trainer:
     def keep(self, progress: Progress | None) -> None:
         if progress is not None:
             self.guard("The checkpoint", lambda: save_checkpoint(self.checkpoint, self.state()))
-            try:
-                progress.draw()
-            except OSError as error:  # nothing that is needed to go on
-                log.warning("The loss curve of step %d could not be written: %s.", self.step, error)
+            self.guard("The loss curve", progress.draw, needed=False)
 
-    def guard(self, what: str, write: Callable[[], Any]) -> None:
+    def guard(self, what: str, write: Callable[[], Any], needed: bool = True) -> None:
+        """A write that fails stops or is counted; one that is not needed to go on is only told of."""
         try:
             write()
         except OSError as error:
+            trouble = f"{what} of step {self.step} could not be written: {error}."
+            if not needed:
+                log.warning(trouble)
+                return
             kept = " The checkpoint before it is still there." if self.checkpoint.exists() else ""
-            self.troubles.report(f"{what} of step {self.step} could not be written: {error}.{kept}")
+            self.troubles.report(trouble + kept)
 
     def state(self) -> dict[str, Any]:
         return {
