@@ -45,7 +45,7 @@ def main() -> None:
     import torch
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = not torch.cuda.is_available()  # trainings here know CPUs and CUDA alone
     if given.threads:
         torch.set_num_threads(given.threads)
     if "RANK" in os.environ:  # started by torchrun
