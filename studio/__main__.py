@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 from nested_attention.training.__main__ import find_host
+from nested_attention.training.processes import joined
 
 HERE = Path(__file__).parent
 STEPS = {
@@ -48,11 +48,10 @@ def main() -> None:
     args.cpu = not torch.cuda.is_available()  # trainings here know CPUs and CUDA alone
     if given.threads:
         torch.set_num_threads(given.threads)
-    if "RANK" in os.environ:  # started by torchrun
-        torch.distributed.init_process_group("gloo")
-    for stage in given.stages:
-        print(f"== {stage}", flush=True)
-        STAGES[stage](given)
+    with joined("gloo"):
+        for stage in given.stages:
+            print(f"== {stage}", flush=True)
+            STAGES[stage](given)
 
 
 def world(given: argparse.Namespace):

@@ -20,7 +20,7 @@ from comfy.model_management import get_torch_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nested_attention.training.trainer import world
+from nested_attention.training.processes import world
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
 from ..training.data import BROKEN, Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
 from ..training.gain import folded
-from ..training.trainer import Trainer, world
+from ..training.processes import world
+from ..training.trainer import Trainer
 from .base import DTYPES, Base, checkpointed, fresh_adapter
 from .layers import check_fit, cross_attention_sites
 from .training import DiffusionObjective

@@ -7,14 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from .config import TrainingError, from_arguments
-from .trainer import world
+from .processes import joined
 
 
 def main() -> None:
@@ -22,16 +20,13 @@ def main() -> None:
     try:
         config = from_arguments()
         find_host()
-        distribute()
-        from ..host.base import load_base
-        from ..host.train import train
+        with joined():
+            from ..host.base import load_base
+            from ..host.train import train
 
-        finished = train(config, load_base(config), stop=stop_signal())
+            finished = train(config, load_base(config), stop=stop_signal())
     except (TrainingError, ValueError, OSError) as error:
         sys.exit(f"Training stopped: {error}")
-    # Not after an error: that would wait for processes which wait for this one. torchrun ends them once it is gone.
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if not finished:
         sys.exit("Interrupted; checkpoint and adapter hold all steps so far. The same command goes on from there.")
 
@@ -48,16 +43,6 @@ def find_host() -> None:
 
     # Before any other import of the host. torch.accelerator, from 2.6 on, also knows of others than CUDA.
     args.cpu = not getattr(torch, "accelerator", torch.cuda).is_available()
-
-
-def distribute() -> None:
-    """Join the other processes where torchrun started several, each with a device of its own."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first one validates
-        logging.getLogger().setLevel(logging.INFO if world()[0] == 0 else logging.WARNING)
 
 
 def stop_signal() -> Callable[[], bool]:

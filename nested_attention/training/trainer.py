@@ -26,6 +26,7 @@ from ..adapter import NestedAdapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, TrainingError, changed
 from .data import BrokenEntry, Reader, Sample, Troubles
+from .processes import world
 from .progress import Progress
 
 log = logging.getLogger("nested_attention")
@@ -49,11 +50,6 @@ class Projector(nn.Module):
         # Autocast would keep the tokens once more for each layer.
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         return [again(layer, tokens) for layer in self.adapter.layers]
-
-
-def world() -> tuple[int, int]:
-    """This process's number among how many."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Trainer:

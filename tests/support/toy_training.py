@@ -13,10 +13,10 @@ import torch
 
 from nested_attention.adapter import AdapterConfig, NestedAdapter
 from nested_attention.attention import NestedToken, personalize, split_heads, text_attention
-from nested_attention.training.__main__ import distribute
 from nested_attention.training.config import TrainingConfig
 from nested_attention.training.data import Entry, Plan, Sample, Troubles
-from nested_attention.training.trainer import Trainer, world
+from nested_attention.training.processes import joined, world
+from nested_attention.training.trainer import Trainer
 
 SHAPE = {"image_dim": 8, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "queries": 4, "output_dim": 8}
 
@@ -76,7 +76,10 @@ class Recording(Trainer):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    distribute()
-    config = settings(Path(sys.argv[1]), steps=int(sys.argv[2]), batch=int(sys.argv[3]), accumulation=int(sys.argv[4]))
-    trainer = make_trainer(config, Recording)
-    trainer.run(stop=lambda: time.sleep(float(sys.argv[5])) is not None)
+    with joined():
+        config = settings(
+            Path(sys.argv[1]), steps=int(sys.argv[2]), batch=int(sys.argv[3]), accumulation=int(sys.argv[4])
+        )
+        make_trainer(config, Recording).run(stop=lambda: time.sleep(float(sys.argv[5])) is not None)
+    threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]  # on Linux
+    assert not any("gloo" in name for name in threads), threads
