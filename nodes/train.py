@@ -14,7 +14,6 @@ from ..nested_attention.host.adapters import save_adapter
 from ..nested_attention.host.base import Base
 from ..nested_attention.host.graph_training import store_pictures, train_in_graph, trained
 from ..nested_attention.training.config import CACHES, TrainingConfig
-from ..nested_attention.training.data import subject_caption
 from .sockets import ADAPTERS, CATEGORY, RUNS, Adapter, check_file_name, new_file
 
 
@@ -173,7 +172,7 @@ class Train(io.ComfyNode):
         else:
             data = store_pictures(folder, images, lines_for(images, captions, word), crops)
         if preview_every:
-            prompt = subject_caption(preview_prompt.strip() or f"a photo of a {word}", f"<{word}>", word)
+            prompt = preview_prompt.strip() or f"a photo of a {word}"
             settings |= {"validation_prompts": (prompt,), "validate_every": preview_every}
         config = TrainingConfig(
             data=str(data),

@@ -52,7 +52,8 @@ class Validation:
     def draw(self, adapter: NestedAdapter) -> Any:
         """The subject, and each prompt drawn with it, side by side."""
         crop = cover(as_rgb(self.shown.crop), self.shown.row.bucket)
-        pictures = [crop, *(self.sample(adapter, prompt) for prompt in self.config.validation_prompts)]
+        prompts = map(self.config.subject_caption, self.config.validation_prompts)
+        pictures = [crop, *(self.sample(adapter, prompt) for prompt in prompts)]
         pixels = (torch.cat(pictures, dim=2)[0, ..., :3] * 255).round().clamp(0, 255).byte()
         return Image.fromarray(pixels.cpu().numpy())
 

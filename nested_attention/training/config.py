@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,23 +37,34 @@ class TrainingConfig:
     output             folder for the adapter, checkpoints, and the loss
     checkpoint, diffusion_model, text_encoders, vae, clip_vision   files of the base model: a whole checkpoint or parts
     start_from         an adapter to train further, instead of a fresh one
+
     class_word         word of the captions that the subject takes the place of; the placeholder is <class_word>
     queries .. norm_factor   the adapter, as in AdapterConfig
+    value_share        W_Vn of a fresh adapter is larger, and learns faster, in each head whose attention to the
+                       subject's word, p_s, is below this on average: by share / p_s, at most a hundredfold. 0: as the
+                       layer's own to_v
+
     resolution         the pictures' side, or that of a square of equal area with `buckets` (aspect ratios kept)
     fit, augment       how the subject's crop is made square, as in Encode Subject; strength of its augmentation
     caption_dropout    how often a caption is the placeholder alone
     subject_dropout    how often the image features are zero, so that the adapter also learns nobody in particular
-    value_share        W_Vn of a fresh adapter is larger, and learns faster, in each head whose attention to the
-                       subject's word, p_s, is below this on average: by share / p_s, at most a hundredfold. 0: as the
-                       layer's own to_v
-    schedule           of the learning rate after the warm-up: constant, or falling along a cosine to 0 at the last step
+
+    steps              of the optimizer (AdamW) in all, those before an interruption included
+    batch              pictures of one forward pass of one process; a step has `accumulation` of them
+    learning_rate      after the `warmup`, in whose steps it rises from 0
     qformer_rate       factor on the learning rate for the Q-Former: one that has learned already is soon spoilt
+    schedule           of the learning rate after the warm-up: constant, or falling along a cosine to 0 at the last step
+    clip_norm          the largest norm of a step's gradients; 0: any
+    ema                how much of it the running mean of the weights, which is what is saved, keeps at a step
     min_snr_gamma      0: the plain loss in the base model's own target
     precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
+    gradient_checkpointing   compute parts of the UNet twice in place of keeping them
+
     cache              keep latents and text states in memory, or on disk in the output's folder `cache`
     prefetch           micro-batches read ahead
     holdout            entries that are only validated on
-    validation_prompts drawn with the subject of the first of these, or of the first entry where there are none
+    validation_prompts written like captions; drawn with the subject of the first entry held out, or of the first of all
+    log_every .. validate_every   steps between two of them
     on_error           stop or skip, for broken entries and failed writes; what is skipped is named and counted
     """
 
@@ -130,9 +143,29 @@ class TrainingConfig:
             why = "start_from keeps the adapter's own" if self.start_from else "norm = rescale sets their size"
             raise TrainingError(f"value_share is for the first values of a fresh adapter, but {why}. Leave it at 0.")
 
+        for prompt in self.validation_prompts:
+            try:
+                self.subject_caption(prompt)
+            except ValueError as error:
+                raise TrainingError(f"validation_prompts (of the node: preview_prompt): {error}.") from error
+
     @property
     def placeholder(self) -> str:
         return f"<{self.class_word}>"
+
+    def subject_caption(self, caption: str) -> str:
+        """The caption with the placeholder, which takes the place of the class word where it is not there already.
+
+        Raises ValueError where neither of them is there.
+        """
+        caption, word = " ".join(caption.split()), self.class_word
+        if self.placeholder in caption:
+            return caption
+        pattern = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
+        caption, found = pattern.subn(lambda _: self.placeholder, caption, count=1)
+        if not found:
+            raise ValueError(f"the caption '{caption}' holds neither {self.placeholder} nor the word {word}")
+        return caption
 
     def record(self) -> dict[str, Any]:
         """The settings as an adapter file tells them: files by name, without the folders of this machine."""
@@ -181,22 +214,31 @@ def from_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nested_attention.training", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="python -m nested_attention.training",
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=inspect.cleandoc(TrainingConfig.__doc__ or ""),
+    )
     parser.add_argument("--config", help="TOML or JSON file of the settings below; options come before it")
     hints = typing.get_type_hints(TrainingConfig)
     for setting in fields(TrainingConfig):
         option, hint = f"--{setting.name.replace('_', '-')}", hints[setting.name]
+        told = {"help": "needed" if setting.default is MISSING else f"default: {setting.default}"}
+        if setting.default in ("", ()):
+            told = {}
         if setting.name == "cache":  # alone and as --no-cache it is the switch that it once was
-            parser.add_argument(option, nargs="?", const="memory", choices=CACHES)
+            parser.add_argument(option, nargs="?", const="memory", choices=CACHES, **told)
             parser.add_argument("--no-cache", dest="cache", action="store_const", const="off", help=argparse.SUPPRESS)
         elif hint is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction)
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, **told)
         elif typing.get_origin(hint) is tuple:
-            parser.add_argument(option, nargs="*")
+            parser.add_argument(option, nargs="*", **told)
         elif typing.get_origin(hint) is Literal:
-            parser.add_argument(option, choices=typing.get_args(hint))
+            parser.add_argument(option, choices=typing.get_args(hint), **told)
         else:
-            parser.add_argument(option, type=hint)
+            parser.add_argument(option, type=hint, **told)
     return parser
 
 

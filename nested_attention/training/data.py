@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -177,21 +176,11 @@ def line_record(line: bytes, folder: Path) -> dict[str, Any]:
 
 def make_entry(record: dict[str, Any], config: TrainingConfig) -> Entry:
     """Raises ValueError or OSError, with what is wrong, for a record that cannot be trained on."""
-    caption = subject_caption(record["caption"], config.placeholder, config.class_word)
+    caption = config.subject_caption(record["caption"])
     size, crop = picture_size(record["image"]), record["crop"]
     if crop is not None:
         picture_size(crop)
     return Entry(record["image"], caption, size, check_box(record.get("box"), size), crop)
-
-
-def subject_caption(caption: str, placeholder: str, class_word: str) -> str:
-    """The caption with the placeholder, which takes the place of the class word where it is not there already."""
-    caption = " ".join(caption.split())
-    if placeholder not in caption:
-        caption, found = re.subn(rf"\b{re.escape(class_word)}\b", placeholder, caption, count=1, flags=re.IGNORECASE)
-        if not found:
-            raise ValueError(f"the caption '{caption}' holds neither {placeholder} nor the word {class_word}")
-    return caption
 
 
 def check_box(box: Any, size: Size) -> Box | None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,17 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; says what makes it another training. TrainingError: another adapter."""
+        """Go on from a checkpoint's state; says what makes it another training.
+
+        Raises TrainingError where it is of another adapter, or began from another one.
+        """
+        began, start = state["settings"].get("start_from", ""), self.config.record()["start_from"]
+        if start not in ("", began):
+            raise TrainingError(
+                f"The training in {self.checkpoint.parent} began from {began or 'a fresh adapter'}, not from {start}. "
+                "Choose another output folder (of the node: name) to begin from it."
+            )
+        self.config = replace(self.config, start_from=began)
         different = changed(state["settings"], self.config)
         if state["entries"] != self.reader.fingerprint():
             different.append("other entries in the data")

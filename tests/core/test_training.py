@@ -118,6 +118,15 @@ def test_going_on_with_other_settings_is_said(tmp_path, caplog, schedule, now, s
     assert ("goes on with other settings than it had: " + said in caplog.text) if said else not caplog.records
 
 
+def test_a_start_that_would_be_left_out_is_refused(tmp_path):
+    """A run goes on from its checkpoint, wherever it was to begin."""
+    make_trainer(settings(tmp_path, steps=4, start_from="old/a.safetensors")).run()
+    for start in ("", "new/a.safetensors"):
+        make_trainer(settings(tmp_path, steps=5, start_from=start)).run()
+    with pytest.raises(TrainingError, match="began from a.safetensors, not from b.safetensors"):
+        make_trainer(settings(tmp_path, steps=6, start_from="b.safetensors")).run()
+
+
 @contextmanager
 def full_disk(at: int = 4096):
     """No file can grow beyond some bytes: writing fails in the middle, as on a full disk."""
@@ -300,6 +309,7 @@ def test_settings_from_a_file_and_options(tmp_path):
             from_arguments(["--data", "d", "--output", "o", "--value-share", "0.1", *extra])
     for values, problem in (
         ({"validation_prompts": "a <person>"}, "validation_prompts is 'a <person>', expected a list of texts"),
+        ({"validation_prompts": ["a dog"]}, "preview_prompt.*'a dog' holds neither <person> nor the word person"),
         ({"steps": "1000"}, "steps is '1000', expected a whole number"),
         ({"learning_rate": True}, "learning_rate is True, expected a number"),
         ({"buckets": 1}, "buckets is 1, expected true or false"),

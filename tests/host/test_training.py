@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import comfy.model_sampling
 import comfy.samplers
+import numpy as np
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -469,14 +470,15 @@ def test_the_command(base, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("nested_attention.host.base.load_base", lambda config: base)
     monkeypatch.setattr(command, "find_host", lambda: None)
     values = {**settings(folder).record(), "data": str(folder / "data"), "output": str(tmp_path / "a"), "steps": 2}
-    values |= {"holdout": 1, "validation_prompts": ["a <person>"], "validate_every": 2}
+    values |= {"holdout": 1, "validation_prompts": ["a Person", "a <person>"], "validate_every": 2}
     values |= {"norm": "off", "value_share": 0.1}
     (tmp_path / "settings.json").write_text(json.dumps(values))
     monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "settings.json")])
     command.main()
     files = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.*")}
     assert {"adapter.safetensors", "checkpoint.pt", "loss.png", "loss.jsonl", "validation/0000002.png"} <= files
-    assert Image.open(tmp_path / "a/validation/0000002.png").width > 32
+    _, *drawn = np.split(np.asarray(Image.open(tmp_path / "a/validation/0000002.png")), 3, axis=1)
+    assert np.array_equal(*drawn) and drawn[0].std() > 0  # the class word and the placeholder are the same subject
     last = json.loads((tmp_path / "a/loss.jsonl").read_text().splitlines()[-1])
     assert last["validation"] > 0
     further = [
