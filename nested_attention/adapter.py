@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -54,6 +55,15 @@ class AdapterConfig:
                 raise ValueError(f"Adapter configuration: {name} is {value!r}, expected one of {', '.join(allowed)}.")
         if not self.layers:
             raise ValueError("Adapter configuration: it names no cross-attention layer.")
+        whole = ("image_dim", "dim", "depth", "heads", "dim_head", "queries", "output_dim", "ff_mult")
+        sizes = {name: getattr(self, name) for name in whole} | {f"layers[{i}]": n for i, n in enumerate(self.layers)}
+        for name, value in (sizes | {f"embeddings of {name}": n for name, n in self.embeddings.items()}).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Adapter configuration: {name} is {value!r}, expected a whole number of 1 or more.")
+        if type(self.norm_factor) not in (int, float) or not 0 < self.norm_factor < math.inf:
+            raise ValueError(f"Adapter configuration: norm_factor is {self.norm_factor!r}, expected a number above 0.")
+        if not isinstance(self.class_word, str) or not self.class_word.strip():
+            raise ValueError(f"Adapter configuration: class_word is {self.class_word!r}, expected a word.")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -61,7 +71,10 @@ class AdapterConfig:
     @classmethod
     def from_json(cls, text: str) -> AdapterConfig:
         """Raises ValueError where keys are missing or unknown."""
-        values = json.loads(text)
+        try:
+            values = dict(json.loads(text).items())
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"The adapter's configuration is incomplete: {error}.") from error
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise ValueError(
@@ -70,7 +83,7 @@ class AdapterConfig:
             )
         try:
             return cls(**{**values, "layers": tuple(values["layers"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"The adapter's configuration is incomplete: {error}.") from error
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 SIZE = 512
 OVERSAMPLING = 4
+LEAST = 4.0  # pixels of a face's square
 FINE = 4.0  # pixels of sigma, to which wider blurs are brought
 
 
@@ -49,15 +50,16 @@ def square_of(face: Tensor) -> Tensor:
     """Corners [4, 2] of the square of a face: top left, bottom left, bottom right, top right.
 
     face   [4, 2]: left eye, right eye, left and right corner of the mouth, as they are seen in the picture
-    Raises ValueError where the points coincide.
+    Raises ValueError where the points coincide, nearly, or lie nowhere.
     """
     left, right, mouth_left, mouth_right = face
     eyes = (left + right) / 2
     across, down = right - left, (mouth_left + mouth_right) / 2 - eyes
     x = across - turned(down)
-    if not x.norm() > 0:
+    half = max(2.0 * across.norm(), 1.8 * down.norm())
+    if not (x.norm() > 0 and LEAST / 2 < half < math.inf):
         raise ValueError(f"The points {face.tolist()} are no face: eyes and mouth coincide.")
-    x = x / x.norm() * max(2.0 * across.norm(), 1.8 * down.norm())
+    x = x / x.norm() * half
     y = turned(x)
     middle = eyes + 0.1 * down
     return torch.stack((middle - x - y, middle - x + y, middle + x + y, middle + x - y))
@@ -83,7 +85,7 @@ def shrink(image: Tensor, square: Tensor, size: int) -> tuple[Tensor, Tensor]:
     factor = int(side(square) / size * 0.5)
     if factor <= 1:
         return image, square
-    height, width = (round(n / factor) for n in image.shape[:2])
+    height, width = (max(1, round(n / factor)) for n in image.shape[:2])
     return resize(image, height, width), square / factor
 
 

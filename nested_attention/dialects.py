@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adapter import AdapterConfig
 
 METADATA_KEY = "nested_attention"
+DEPTH = 32  # of names: what is deeper holds itself
 DIM_HEAD = 64  # of every published resampler; the shapes alone do not tell it
 
 KEY_OR_VALUE = re.compile(r"(?:^|_)(k|v)(?:_|$)")
@@ -42,7 +44,10 @@ def canonical(
     """
     if not isinstance(state, Mapping):
         raise AdapterFileError(f"The file holds a {type(state).__name__}. Expected {EXPECTED}.")
-    tensors = {clean(name): tensor for name, tensor in flatten(state)}
+    entries = list(flatten(state))
+    tensors = {clean(name): tensor for name, tensor in entries}
+    if len(tensors) < len(entries):
+        raise AdapterFileError("The adapter holds weights twice, with and without the prefix of a training's wrapper.")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
     if metadata and METADATA_KEY in metadata:
         return AdapterConfig.from_json(metadata[METADATA_KEY]), tensors
@@ -62,9 +67,9 @@ def flatten(state: Mapping[str, Any], prefix: str = ""):
     """Name and tensor of each entry of a state dict, nested or flat; anything but tensors is refused."""
     for name, value in state.items():
         path = f"{prefix}{name}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and path.count(".") < DEPTH:
             yield from flatten(value, f"{path}.")
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
             yield path, value
         else:
             raise AdapterFileError(f"`{path}` holds a {type(value).__name__}; an adapter file holds only tensors.")
@@ -152,7 +157,7 @@ def infer_config(resampler: Mapping[str, Tensor], pairs: list[tuple[Tensor, Tens
             ff_mult=resampler["layers.0.1.1.weight"].shape[0] // dim,
             layers=tuple(to_k.shape[0] for to_k, _ in pairs),
         )
-    except KeyError as missing:
+    except (KeyError, IndexError, ZeroDivisionError) as missing:
         raise AdapterFileError(f"The adapter's Q-Former lacks {missing}. Expected {EXPECTED}.") from missing
     for i, (to_k, _) in enumerate(pairs):
         if to_k.shape[1] != config.output_dim:

@@ -34,6 +34,11 @@ def build_adapter(state: Mapping[str, Any], metadata: Mapping[str, str], *, oper
     Raises AdapterFileError where anything is missing, left over or of another shape.
     """
     config, tensors = canonical(state, metadata)
+    if config.depth + len(config.layers) > len(tensors):  # before so many layers are made
+        raise AdapterFileError(
+            f"The adapter does not fit its own configuration: {len(tensors)} tensors for a Q-Former of {config.depth} "
+            f"layers and {len(config.layers)} nested projections."
+        )
     with torch.device("meta"):
         # A host's layers may have no weights until they are loaded: torch's own tell the shapes.
         expected = {name: tuple(tensor.shape) for name, tensor in NestedAdapter(config).state_dict().items()}

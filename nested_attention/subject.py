@@ -67,8 +67,15 @@ def load_subject(path: str | Path) -> Subject:
                     f"{Path(path).name} is no saved subject (its tensors: {', '.join(list(file.keys())[:4])}). "
                     "Choose a file written by Save Subject."
                 )
+            tokens = file.get_tensor("tokens").clone()
+            if tokens.ndim != 3 or len(tokens) != 1 or 0 in tokens.shape or not tokens.is_floating_point():
+                raise ValueError(
+                    f"{Path(path).name} cannot be read as a saved subject: its tokens are {tokens.dtype} of shape "
+                    f"{tuple(tokens.shape)}."
+                )
+            if not tokens.isfinite().all():
+                raise ValueError(f"{Path(path).name} cannot be read as a saved subject: its tokens are no numbers.")
             # Windows has other separators, and files are shared.
-            name = metadata["adapter_name"].replace("\\", "/")
-            return Subject(file.get_tensor("tokens").clone(), metadata["adapter"], name)
-    except SafetensorError as error:
+            return Subject(tokens, metadata["adapter"], metadata["adapter_name"].replace("\\", "/"))
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{Path(path).name} cannot be read as a saved subject: {error}") from error

@@ -102,38 +102,9 @@ class ApplySubject(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        clip,
-        subject,
-        placeholder: str,
-        class_word: str,
-        strength: float,
-        token_weight: float,
-        start_percent: float,
-        end_percent: float,
-        region=None,
-        low_memory: bool = False,
-        competition: float = 0.0,
-    ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *apply_subject(
-                model,
-                clip,
-                subject,
-                placeholder=placeholder.strip(),
-                class_word=class_word.strip(),
-                strength=strength,
-                token_weight=token_weight,
-                start_percent=start_percent,
-                end_percent=end_percent,
-                region=region,
-                low_memory=low_memory,
-                competition=competition,
-                node_id=cls.hidden.unique_id,
-            )
-        )
+    def execute(cls, model, clip, subject, placeholder: str, class_word: str, **choices) -> io.NodeOutput:
+        words = {"placeholder": placeholder.strip(), "class_word": class_word.strip()}
+        return io.NodeOutput(*apply_subject(model, clip, subject, **words, **choices, node_id=cls.hidden.unique_id))
 
 
 NODES = [ApplySubject]

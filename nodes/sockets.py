@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import folder_paths
 from comfy_api.latest import io
@@ -15,6 +16,7 @@ ADAPTERS = "nested_attention"
 SUBJECTS = "nested_attention_subjects"
 RUNS = "nested_attention"  # of the output folder: what trainings write
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "weights", "adapters")  # those of the small model
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 FILES = {ADAPTERS: {".safetensors", ".sft", ".bin", ".pt", ".pth"}, SUBJECTS: {".safetensors"}}
 
 
@@ -47,9 +49,14 @@ def full_path(folder: str, name: str) -> str:
 
 
 def check_file_name(name: str) -> None:
-    """Raises ValueError for characters that Windows has in no name of a file."""
-    if found := sorted(set(name) & set('<>:"|?*')):
-        raise ValueError(f"'{name}' cannot be the name of a file everywhere: leave out {' '.join(found)}")
+    """Raises ValueError for what Windows or Python has in no name of a file."""
+    odd = {letter for letter in name if letter in '<>:"|?*' or not letter.isprintable()}
+    if odd:
+        found = " ".join(letter if letter.isprintable() else repr(letter) for letter in sorted(odd))
+        raise ValueError(f"{name!a} cannot be the name of a file everywhere: leave out {found}")
+    for part in re.split(r"[/\\]", name.strip()):
+        if RESERVED.fullmatch(part) or (part.endswith((".", " ")) and part.strip(".")):
+            raise ValueError(f"'{name}' cannot be the name of a file everywhere: on Windows none is called '{part}'")
 
 
 def new_file(folder: str, prefix: str) -> tuple[str, str]:
@@ -64,8 +71,11 @@ def new_file(folder: str, prefix: str) -> tuple[str, str]:
     os.makedirs(root, exist_ok=True)
     # The host finds earlier numbers only by a prefix that is written as it writes it.
     place, name, number, _, _ = folder_paths.get_save_image_path(os.path.normpath(prefix.strip()), root)
-    path = os.path.join(place, f"{name}_{number:05}_.safetensors")
-    return path, os.path.relpath(path, root)
+    while True:  # where 'Anna' and 'anna' are one file, the host counts them apart
+        path = os.path.join(place, f"{name}_{number:05}_.safetensors")
+        if not os.path.exists(path):
+            return path, os.path.relpath(path, root)
+        number += 1
 
 
 def modified(folder: str, name: str | None) -> float:

@@ -7,10 +7,9 @@ from dataclasses import replace
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..nested_attention.host.adapters import BoundSubject, bind, load_adapter, nested_tokens
+from ..nested_attention.host.adapters import bind, load_adapter, subject_of
 from ..nested_attention.host.images import encode
-from ..nested_attention.subject import Subject as SubjectTokens
-from ..nested_attention.subject import combine, join_photos, load_subject, save_subject
+from ..nested_attention.subject import combine, load_subject, save_subject
 from .sockets import ADAPTERS, CATEGORY, SUBJECTS, Adapter, Subject, choices, full_path, modified, new_file
 
 
@@ -52,8 +51,7 @@ class EncodeSubject(io.ComfyNode):
     @classmethod
     def execute(cls, adapter, clip_vision, image, fit: str, images: str, mask=None) -> io.NodeOutput:
         seen, features = encode(clip_vision, image, mask, fit, adapter.config)
-        tokens = join_photos(nested_tokens(adapter, features), images)
-        return io.NodeOutput(BoundSubject(SubjectTokens(tokens, adapter.fingerprint, adapter.name), adapter), seen)
+        return io.NodeOutput(subject_of(adapter, features, images), seen)
 
 
 class CombineSubjects(io.ComfyNode):

@@ -18,7 +18,7 @@ from ..adapter import AdapterConfig, FeatureLayer, NestedAdapter, fingerprint
 from ..attention import Norm, split_heads
 from ..dialects import METADATA_KEY, AdapterFileError
 from ..files import build_adapter, write_tensors
-from ..subject import Subject
+from ..subject import Subject, join_photos
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ def adapter_patcher(path: str, apart: bool) -> ModelPatcher:
     """An adapter file as a model of the host."""
     state, metadata = read_weights(path)
     state = {name: value.clone() for name, value in state.items()} if apart else state
-    adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
+    try:
+        adapter = build_adapter(state, metadata or {}, operations=comfy.ops.manual_cast)
+    except ValueError as error:
+        raise AdapterFileError(f"{Path(path).name}: {error}") from error
     # Looked up now: the host chooses its class of patchers after start.
     return comfy.model_patcher.CoreModelPatcher(
         adapter,
@@ -83,12 +86,15 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     except Exception as error:  # each format has errors of its own, and none names the file
-        if isinstance(error, pickle.UnpicklingError) and "not an allowed global" in str(error):
+        pickled, said = isinstance(error, pickle.UnpicklingError), str(error)
+        if pickled and ("global" in said.lower() or "blocked" in said):
             raise AdapterFileError(
                 f"{Path(path).name} holds Python objects beside its weights, which could run code and are not loaded. "
                 "Ask its author for the weights alone, best as .safetensors."
             ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        # What PyTorch says of pickles is how to load them all the same.
+        said = "no tensors were found in it" if pickled else said or type(error).__name__
+        reason = said.splitlines()[0].rstrip(".")
         raise AdapterFileError(
             f"{Path(path).name} cannot be read: {reason}. It is damaged, not completely downloaded, or no weights at "
             "all (a web page saved under its name, say). Download it again."
@@ -103,6 +109,8 @@ def bind(subject: Subject, adapter: LoadedAdapter) -> BoundSubject:
             f"'{adapter.name}' (fingerprint {adapter.fingerprint}). Load the adapter that made it, or encode the photo "
             "again with this one."
         )
+    if (width := subject.tokens.shape[-1]) != adapter.config.output_dim:
+        raise ValueError(f"The subject's tokens are {width} wide, those of its adapter {adapter.config.output_dim}.")
     return BoundSubject(subject, adapter)
 
 
@@ -116,7 +124,19 @@ def nested_tokens(adapter: LoadedAdapter, features: Tensor) -> Tensor:
         with torch.no_grad():
             tokens.append(adapter.patcher.model.resampler(photo).to(comfy.model_management.intermediate_device()))
         progress.update(1)
-    return torch.cat(tokens)
+    found = torch.cat(tokens)
+    if not found.isfinite().all():
+        raise ValueError(
+            f"The adapter '{adapter.name}' makes of this photo values that are no numbers. Either a node before made "
+            "some in the photo (NaN), or the adapter is damaged: try another photo."
+        )
+    return found
+
+
+def subject_of(adapter: LoadedAdapter, features: Tensor, photos: str = "concatenate") -> BoundSubject:
+    """The subject of photos with these image features [B, I, image_dim]; `photos` as `how` of join_photos."""
+    tokens = join_photos(nested_tokens(adapter, features), photos)
+    return BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
 
 
 def nested_pair(

@@ -25,8 +25,10 @@ def apply_subject(
     adapter = bound.adapter
     check_fit(adapter.config, cross_attention_sites(model.model.diffusion_model), adapter.name)
     learned: dict[str, Tensor] = {} if class_word else dict(adapter.patcher.model.embeddings)
-    clip, ledger = add_placeholder(clip, placeholder, class_word.strip() or adapter.config.class_word, learned)
+    clip, ledger = add_placeholder(clip, placeholder, class_word or adapter.config.class_word, learned)
 
+    if (region := choices.get("region")) is not None and 0 in region.shape:
+        raise ValueError(f"The region of {placeholder} has no pixels (its shape is {tuple(region.shape)}).")
     subject = AppliedSubject(placeholder, bound.subject.tokens, adapter, **choices)
     before = next(iter(model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)), Personalization((), ()))
     if any(s.placeholder == placeholder for s in before.subjects):

@@ -72,6 +72,13 @@ class Personalization:
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         noise = args[0] if args else kwargs["noise"]
         subjects = [s for s in self.subjects if s.strength and s.start_percent < s.end_percent]
+        for subject in self.subjects:
+            if subject.start_percent >= subject.end_percent:
+                warn(
+                    f"{subject.placeholder} begins at {subject.start_percent:g} of the sampling and ends at "
+                    f"{subject.end_percent:g}, so the picture does not show its subject. Raise end_percent.",
+                    subject.node_id,
+                )
         guider = executor.class_obj
         if subjects and self.write_places(guider, subjects, noise):
             run = Run(guider.model_patcher, subjects, recording_of(guider.model_patcher))
@@ -127,7 +134,13 @@ def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tenso
                 "upscalers by tiles), use an Apply Subject without region.",
                 subject.node_id,
             )
-    masks = [torch.ones(1, *size) if s.region is None else s.region.cpu().float() for s in subjects]
+        if subject.region is not None and not subject.region.any():
+            warn(
+                f"The region of {subject.placeholder} is empty, so its subject shows nowhere. Paint one, or leave "
+                "region unconnected.",
+                subject.node_id,
+            )
+    masks = [torch.ones(1, *size) if s.region is None else s.region.cpu().float().clamp(0, 1) for s in subjects]
     fitted = [F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size, mode="area") for mask in masks]
     count = max(map(len, fitted))
     return torch.cat([comfy.utils.repeat_to_batch_size(mask, count) for mask in fitted], dim=1)
@@ -170,12 +183,19 @@ class Run:
         progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))
         for i, (subject, patcher) in enumerate(zip(self.subjects, patchers, strict=True)):
             tokens = subject.tokens.to(patcher.load_device, torch.float32)
+            numbers = torch.ones((), dtype=torch.bool, device=tokens.device)
             for layer, site in enumerate(self.sites):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 with torch.no_grad():
                     pair = nested_pair(patcher.model, layer, tokens, site.heads, self.dtype)
+                numbers &= pair[0].isfinite().all() & pair[1].isfinite().all()
                 self.pairs[i, layer] = tuple(map(in_main_memory, pair)) if subject.low_memory else pair
                 progress.update(1)
+            if not numbers:
+                raise ValueError(
+                    f"The values of {subject.placeholder} are no numbers in {str(self.dtype).removeprefix('torch.')}: "
+                    f"the adapter '{subject.adapter.name}' is damaged, or made for a model of another precision."
+                )
 
     def nested(self, subject: int, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Kn and Vn of a subject in a layer, on the device and in the precision of its queries."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def split(entries: list[Entry], config: TrainingConfig) -> tuple[list[Entry], li
     """Entries to train on and to validate on; which ones goes by the seed and their names."""
     if config.holdout >= len(entries):
         raise TrainingError(f"holdout is {config.holdout}, but the data holds only {len(entries)} usable entries.")
-    order = sorted(entries, key=lambda e: stable_hash(config.seed, e.image.name, e.caption, e.box))
-    apart = order[: config.holdout]
-    return [e for e in entries if e not in apart], apart
+    apart = nsmallest(config.holdout, entries, key=lambda e: stable_hash(config.seed, e.image.name, e.caption, e.box))
+    held = set(apart)
+    return [e for e in entries if e not in held], apart
 
 
 def make_validation(

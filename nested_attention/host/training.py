@@ -183,7 +183,7 @@ class DiffusionObjective:
     def join(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch of the entries, put together by the host's own rules for contexts of different lengths."""
         parts = [{k: c.process_cond(batch_size=1) for k, c in entry["model_conds"].items()} for entry in entries]
-        return {k: first.concat([part[k] for part in parts[1:]]) for k, first in parts[0].items()}
+        return comfy.samplers.cond_cat(parts)
 
     def draw_sigma(self, sample: Sample) -> Tensor:
         sigmas = self.sampling.sigmas

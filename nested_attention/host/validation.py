@@ -8,17 +8,16 @@ from typing import Any
 import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
-from PIL import Image
 from torch import Tensor
 
 from ..adapter import NestedAdapter
 from ..files import write_atomically
-from ..subject import Subject
+from ..inspection.drawing import to_image
 from ..training.config import TrainingConfig
 from ..training.data import Sample
 from ..training.pictures import cover
 from ..training.trainer import Projector
-from .adapters import BoundSubject, LoadedAdapter, nested_tokens
+from .adapters import LoadedAdapter, subject_of
 from .apply import apply_subject
 from .images import as_rgb
 from .training import DiffusionObjective
@@ -54,15 +53,13 @@ class Validation:
         crop = cover(as_rgb(self.shown.crop), self.shown.row.bucket)
         prompts = map(self.config.subject_caption, self.config.validation_prompts)
         pictures = [crop, *(self.sample(adapter, prompt) for prompt in prompts)]
-        pixels = (torch.cat(pictures, dim=2)[0, ..., :3] * 255).round().clamp(0, 255).byte()
-        return Image.fromarray(pixels.cpu().numpy())
+        return to_image(torch.cat(pictures, dim=2)[0, ..., :3])
 
     def sample(self, adapter: NestedAdapter, prompt: str) -> Tensor:
         """One picture [1, H, W, 3] of the subject shown, through Apply Subject and the host's sampler."""
         base, size = self.objective.base, self.shown.row.bucket
         loaded = self.in_host(adapter)
-        tokens = nested_tokens(loaded, self.objective.features([self.shown]))
-        bound = BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
+        bound = subject_of(loaded, self.objective.features([self.shown]))
         model, clip = apply_subject(base.model, base.clip, bound, placeholder=self.config.placeholder)
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
         latent = torch.zeros_like(self.objective.latent(self.shown))

@@ -19,6 +19,7 @@ from ..attention import NestedToken, at_least_fp32, merge_heads, norm_scale, per
 from ..resampler import Resampler
 
 Point = tuple[float, float]
+MOST_POINTS = 32
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ def parse_points(text: str) -> list[Point]:
                 f"'{part.strip()}' is no point. Write x,y between 0 and 1, and ; between points: 0.4,0.3; 0.5,0.6"
             )
         points.append((x, y))
+    if len(points) > MOST_POINTS:
+        raise ValueError(f"These are {len(points)} points; {MOST_POINTS} at most can be shown.")
     return points
 
 

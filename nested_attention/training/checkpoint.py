@@ -26,7 +26,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as a training checkpoint: {error}") from error
+        # What PyTorch says of pickles is how to load them all the same.
+        reason = "it holds something else" if isinstance(error, UnpicklingError) else error
+        raise ValueError(f"{path} cannot be read as a training checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no training checkpoint of this version. Begin anew in another folder.")
     return state

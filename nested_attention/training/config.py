@@ -130,10 +130,12 @@ class TrainingConfig:
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         whole = ("queries", "dim", "depth", "dim_head", "ff_mult", "resolution", "steps", "batch", "accumulation")
+        if self.resolution < 16:
+            raise TrainingError(f"resolution is {self.resolution}, expected at least 16.")
         for name in (*whole, *EVERY):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected at least 1.")
-        for name in ("augment", "warmup", "clip_norm", "min_snr_gamma", "prefetch", "holdout"):
+        for name in ("augment", "warmup", "clip_norm", "min_snr_gamma", "prefetch", "holdout", "seed", "qformer_rate"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         for name in ("caption_dropout", "subject_dropout", "ema", "value_share"):
@@ -182,6 +184,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         right, expected = isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a list of texts"
     elif hint in (int, float):
         right = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+        right = right and abs(value) < 2**63  # nor infinite, nor NaN
         expected = "a number" if hint is float else "a whole number"
     else:
         kind = bool if hint is bool else str

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from .pictures import (
 from .shards import expand, shard_records
 
 log = logging.getLogger("nested_attention")
-BROKEN = (OSError, ValueError)  # what is raised for an entry that cannot be used
+BROKEN = (OSError, ValueError, RecursionError)  # what is raised for an entry that cannot be used
 CROP_SIDE = 1024  # several times what image encoders see; photos of a camera would fill the memory
 Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
 
@@ -123,7 +123,8 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
 def records(path: Path) -> Records:
     """Raises TrainingError where there is nothing of the kind."""
     shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix == ".tar" else []
-    if not path.exists() and not any(shard.exists() for shard in shards):
+    lines = path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson")
+    if not (path.is_dir() or lines or any(shard.exists() for shard in shards)):
         raise TrainingError(
             f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
         )
@@ -177,6 +178,7 @@ def line_record(line: bytes, folder: Path) -> dict[str, Any]:
 def make_entry(record: dict[str, Any], config: TrainingConfig) -> Entry:
     """Raises ValueError or OSError, with what is wrong, for a record that cannot be trained on."""
     caption = config.subject_caption(record["caption"])
+    caption.encode()  # half an emoji is no text
     size, crop = picture_size(record["image"]), record["crop"]
     if crop is not None:
         picture_size(crop)
@@ -244,14 +246,13 @@ class Reader:
     def __post_init__(self) -> None:
         self.plan = Plan(self.entries, self.config, self.processes)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Short name of what is read, to tell whether a training goes on with the same data."""
         return f"{stable_hash([(e.image.name, e.caption, e.size, e.box) for e in self.entries]):x}"
 
     def __call__(self, row: Row) -> Sample:
-        members = self.plan.buckets[row.bucket]
-        start = members.index(row.entry)
-        for entry in chain(members[start:], members[:start], range(len(self.entries))):
+        for entry in self.candidates(row):
             if entry in self.broken:
                 continue
             try:
@@ -259,6 +260,13 @@ class Reader:
             except BROKEN as error:
                 self.give_up(entry, error)
         raise TrainingError(f"All {len(self.entries)} pictures are broken.")
+
+    def candidates(self, row: Row) -> Iterator[int]:
+        """The row's entry; where that is broken, the next of its bucket, then any."""
+        yield row.entry
+        members = self.plan.buckets[row.bucket]
+        after = members.index(row.entry) + 1
+        yield from chain(members[after:], members[:after], range(len(self.entries)))
 
     def give_up(self, entry: int, error: Exception) -> None:
         with self.lock:  # rows are read in threads

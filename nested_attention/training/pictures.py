@@ -19,6 +19,8 @@ from torch import Tensor
 Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # also under another's suffix; others run programs
+MOST_PIXELS, MOST_ASPECT = 100_000_000, 20
 
 
 class Source(Protocol):
@@ -36,7 +38,7 @@ def opened(source: Source) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with source.open("rb") as file, Image.open(file) as image:
+        with source.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
     # How Pillow speaks of broken files, of odd EXIF and of huge pictures.
     except (SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
@@ -44,11 +46,19 @@ def opened(source: Source) -> Iterator[Any]:
 
 
 def picture_size(source: Source) -> Size:
-    """Width and height as displayed, from the file's header."""
+    """Width and height as displayed, from the file's header.
+
+    Raises ValueError where it cannot be read, or would fill the memory.
+    """
     with opened(source) as image:
         known = image.format != "PNG" or "exif" in image.info  # or Pillow reads all of the file to look for it
         turned = known and image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-        return image.size[::-1] if turned else image.size
+        width, height = image.size[::-1] if turned else image.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"the picture of {width} x {height} pixels is too large: make it smaller")
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise ValueError(f"the picture of {width} x {height} pixels is too narrow: cut it")
+    return width, height
 
 
 def read_picture(source: Source) -> Tensor:
@@ -107,6 +117,7 @@ def at_most(image: Tensor, side: int) -> Tensor:
 def cut(image: Tensor, box: Box) -> Tensor:
     """A copy, so that the rest of the picture need not be kept."""
     left, top, right, bottom = (round(x) for x in box)
+    left, top = min(left, image.shape[2] - 1), min(top, image.shape[1] - 1)
     return image[:, top : max(bottom, top + 1), left : max(right, left + 1)].clone()
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 from .pictures import SUFFIXES
 
 ENTRY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]+)")  # 'people/anna' and '.subject.png'; hidden files are none
+MOST_SHARDS = 100_000
 META = re.compile(r"__[^/]*__($|/)")  # what the format keeps to itself
 
 
@@ -60,23 +61,46 @@ def expand(path: Path) -> list[Path]:
     if not found:
         return [path]
     first, last = found.groups()
+    if int(last) - int(first) > MOST_SHARDS:
+        raise ValueError(f"{path.name} would be {int(last) - int(first) + 1} shards")
     numbers = (f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1))
     return [p for n in numbers for p in expand(path.with_name(path.name.replace(found[0], n, 1)))]
 
 
 def shard_records(shard: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name of each entry, and what reads its record. A damaged shard is one more entry, which cannot be read."""
+    found, broken = [], None
     try:
-        for entry, group in groupby(members(shard), lambda member: member.entry):
-            parts = list(group)
-            yield f"{shard.name}: {entry}", lambda parts=parts: shard_record(parts)
-    except (OSError, tarfile.TarError) as error:
-        yield shard.name, lambda error=error: cannot_be_read(error)
+        for member in members(shard):
+            found.append(member)
+    except (OSError, ValueError, OverflowError, MemoryError, tarfile.TarError) as error:
+        broken = error
+    for entry, group in groupby(found, lambda member: member.entry):
+        parts = list(group)
+        yield f"{shard.name}: {entry}", lambda parts=parts: shard_record(parts)
+    if broken:
+        yield shard.name, lambda: cannot_be_read(broken)
+
+
+class Header(tarfile.TarInfo):
+    """What tarfile takes for the end of a shard, or reads for ever, is an error here."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Header:
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:
+            raise ValueError(f"a header in it is damaged: {error}") from error
+        if info.size < 0:
+            raise ValueError("a header in it tells of a negative size")
+        return info
 
 
 def members(shard: Path) -> Iterator[Member]:
-    with tarfile.open(shard, "r:") as tar:
+    with tarfile.open(shard, "r:", tarinfo=Header) as tar:
         for info in tar:
+            if info.size < 0:  # of a header beside the header
+                raise ValueError("a header in it tells of a negative size")
             found = ENTRY.fullmatch(info.name)
             if found and info.isreg() and not META.match(info.name):
                 yield Member(shard, found[1], found[2], info.offset_data, info.size)

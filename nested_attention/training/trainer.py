@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapter import NestedAdapter
@@ -206,8 +207,7 @@ class Trainer:
         self.step += 1
         # The mean follows closely at first, or short trainings would keep their beginning in it.
         decay = min(self.config.ema, self.step / (self.step + 10))
-        for mean, now in zip(self.average.parameters(), self.adapter.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.average.parameters()), list(self.adapter.parameters()), None)
 
     def note(self, progress: Progress | None, loss: float) -> None:
         """Record a step and, when it is time, validate. Only the first process does."""
@@ -244,7 +244,7 @@ class Trainer:
             "step": self.step,
             "settings": self.config.record(),
             "processes": self.processes,
-            "entries": self.reader.fingerprint(),
+            "entries": self.reader.fingerprint,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -264,7 +264,7 @@ class Trainer:
             )
         self.config = replace(self.config, start_from=began)
         different = changed(state["settings"], self.config)
-        if state["entries"] != self.reader.fingerprint():
+        if state["entries"] != self.reader.fingerprint:
             different.append("other entries in the data")
         if state["processes"] != self.processes:
             different.append(f"processes: {self.processes}, was {state['processes']}")

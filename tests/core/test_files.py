@@ -195,6 +195,47 @@ def test_a_list_is_refused():
         canonical([torch.zeros(1)])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"depth": 10**9}, "does not fit its own configuration.*1000000000"),
+        ({"queries": "6"}, "queries is '6'"),
+        ({"heads": -1}, "heads is -1"),
+        ({"layers": [8, 1.5]}, r"layers\[1\] is 1.5"),
+        ({"embeddings": {"l": 0}}, "embeddings of l is 0"),
+        ({"embeddings": None}, "incomplete"),
+        ({"norm_factor": "abc"}, "norm_factor is 'abc'"),
+        ({"norm_factor": float("nan")}, "norm_factor is nan"),
+        ({"class_word": None}, "class_word is None"),
+    ],
+)
+def test_configurations_of_no_adapter(adapter, change, said):
+    """Before anything of such a size is made."""
+    values = {**json.loads(CONFIG.to_json()), **change}
+    with pytest.raises(ValueError, match=said):
+        build_adapter(adapter.state_dict(), {"nested_attention": json.dumps(values)})
+
+
+@pytest.mark.parametrize("text", ["null", "5", "{", "[" * 10**5])
+def test_a_configuration_that_is_no_object(adapter, text):
+    with pytest.raises(ValueError, match="configuration is incomplete"):
+        build_adapter(adapter.state_dict(), {"nested_attention": text})
+
+
+def test_odd_contents(adapter):
+    resampler, _ = parts(adapter)
+    endless = {"latents": resampler["latents"]}
+    endless["again"] = endless
+    for content, said in (
+        (endless, "holds a dict"),
+        ({"latents": resampler["latents"].to("meta")}, "holds a Tensor"),
+        ({**adapter.state_dict(), "module.resampler.latents": resampler["latents"]}, "weights twice"),
+        ({"layers.9999999.0.to_q.weight": torch.ones(64, 64), **dialect(adapter, "", "k", "v")}, "does not fit"),
+    ):
+        with pytest.raises(AdapterFileError, match=said):
+            build_adapter(content, {})
+
+
 def test_configuration_of_a_newer_version():
     text = json.dumps({**json.loads(CONFIG.to_json()), "shiny": 1})
     with pytest.raises(ValueError, match="shiny.*newer version"):

@@ -127,6 +127,8 @@ def test_points_in_words():
     for wrong in ("0.4", "1.2,0", "a,b", "nan,0"):
         with pytest.raises(ValueError, match="is no point"):
             parse_points(f"0.5,0.5; {wrong}")
+    with pytest.raises(ValueError, match="33 points; 32 at most"):
+        parse_points("0.5,0.5;" * 33)
 
 
 def test_maps_of_one_step_are_averaged():

@@ -47,6 +47,26 @@ def test_saved_on_windows(tmp_path):
     assert load_subject(tmp_path / "a.safetensors").adapter_name == "faces/person.safetensors"
 
 
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.ones(4, 8),
+        torch.ones(2, 4, 8),
+        torch.ones(1, 0, 8),
+        torch.ones(1, 4, 8).int(),
+        torch.full((1, 4, 8), torch.nan),
+    ],
+)
+def test_tokens_of_no_subject(tmp_path, tokens):
+    metadata = {"format": "nested_attention_subject", "adapter": "f1", "adapter_name": "a"}
+    save_file({"tokens": tokens}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"a\.safetensors cannot be read as a saved subject: its tokens are"):
+        load_subject(tmp_path / "a.safetensors")
+    save_file({"tokens": torch.ones(1, 4, 8)}, tmp_path / "b.safetensors", {"format": metadata["format"]})
+    with pytest.raises(ValueError, match="cannot be read as a saved subject: 'adapter"):
+        load_subject(tmp_path / "b.safetensors")
+
+
 def test_not_a_subject(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no saved subject .*weight"):

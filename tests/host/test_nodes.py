@@ -321,6 +321,8 @@ def test_train_says_what_is_wrong(train, tmp_path):
         ({"images": images, "crops": images[:1]}, "one of crops for each of images"),
         ({"images": images, "name": "../person"}, "cannot be the name of a run"),
         ({"images": images, "name": " "}, "cannot be the name of a run"),
+        ({"images": images, "name": "NUL.txt"}, "on Windows none is called 'NUL.txt'"),
+        ({"images": images, "name": "a\0b"}, r"leave out '\\x00'"),
         ({"images": images, "name": "<anna>"}, "cannot be the name of a file everywhere: leave out < >"),
         ({"dataset": "gone"}, "There is no data at .*gone"),
     ):

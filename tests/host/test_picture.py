@@ -129,6 +129,10 @@ def test_points_that_are_no_face(text):
 def test_points_that_coincide_or_lie_outside():
     with pytest.raises(ValueError, match="eyes and mouth coincide"):
         square_of(parse_faces("5 5 " * 5)[0])
+    for scale in (1e-6, 1e300):
+        with pytest.raises(ValueError, match="eyes and mouth coincide|outside"):
+            cut_square(torch.zeros(512, 512, 3), square_of(parse_faces(FIVE)[0] * scale))
+    assert cut_square(torch.rand(1, 3000, 3), square_of(parse_faces("0 0 2999 0 0 0 0 1 2999 1")[0])).isfinite().all()
     for shift in (-900, 900):
         with pytest.raises(ValueError, match="outside the picture of 512 x 512"):
             cut_square(torch.zeros(512, 512, 3), square_of(parse_faces(FIVE)[0]) + shift)

@@ -301,6 +301,29 @@ def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog
         assert ("The region of <anna> is of another shape" in caplog.text) is (height != width)
 
 
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"region": torch.zeros(1, 64, 64)}, "The region of <anna> is empty"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "begins at 0.5 of the sampling and ends at 0.5"),
+    ],
+)
+def test_a_subject_that_shows_nowhere_is_said(base_model, base_clip, person, caplog, choice, said):
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", **choice)
+    sample(model, encode(clip, "<anna>"), encode(clip, "bad"))
+    assert said in caplog.text
+
+
+def test_values_that_are_no_numbers_are_refused(base_model, base_clip, person):
+    """They would make the picture black."""
+    tokens = person.subject.tokens.clone()
+    tokens[0, 0, 0] = torch.nan
+    broken = replace(person, subject=replace(person.subject, tokens=tokens))
+    model, clip = apply_subject(base_model, base_clip, broken, placeholder="<anna>")
+    with pytest.raises(ValueError, match="values of <anna> are no numbers in float32"):
+        sample(model, encode(clip, "<anna>"), encode(clip, "bad"))
+
+
 def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=half(8, 8, "left")[None])
     model, clip = apply_subject(model, clip, other, placeholder="<bob>")

@@ -107,6 +107,36 @@ def test_broken_entries_are_named(folder, caplog):
         read(settings(folder, data=str(folder / "gone-{0..9}.tar")))
 
 
+@pytest.mark.parametrize("damage", ["checksum", "negative", "pax"])
+def test_a_damaged_header_ends_a_shard_loudly(folder, caplog, damage):
+    """tarfile takes such for the end of the archive, or reads it for ever."""
+    path = folder / "shards-000.tar"
+    good = len(read(settings(folder, data=str(path)))[0])
+    info = tarfile.TarInfo("more.png")
+    if damage == "negative":
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[124:136] = (-512).to_bytes(12, "big", signed=True)
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+    elif damage == "pax":
+        info.pax_headers = {"size": "-512"}
+        header = info.tobuf(tarfile.PAX_FORMAT)
+    else:
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[0] ^= 1
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
+    path.write_bytes(whole[:end] + bytes(header) + whole[end:])
+    entries, troubles = read(settings(folder, data=str(path), on_error="skip"))
+    assert len(entries) == good and troubles.count == 1 and "the shard cannot be read to its end" in caplog.text
+
+
+def test_a_range_without_end(folder):
+    with pytest.raises(ValueError, match="would be 1000000000 shards"):
+        read(settings(folder, data=str(folder / "shards-{1..1000000000}.tar")))
+
+
 def test_a_shard_that_breaks_off(folder, caplog):
     """What was whole is read; a picture that breaks off later than its header is found out when it is needed."""
     Image.effect_noise((64, 64), 50).save(folder / "data" / "3.png")

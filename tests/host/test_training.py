@@ -32,7 +32,7 @@ from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
 from nested_attention.training.config import TrainingError, from_arguments
 from nested_attention.training.data import Plan, Row, Sample, Troubles, read_dataset
-from nested_attention.training.pictures import picture_size, read_picture
+from nested_attention.training.pictures import cut, picture_size, read_picture
 from nested_attention.training.trainer import Projector
 
 
@@ -328,12 +328,20 @@ BROKEN = {
     '{"image": "text.png", "caption": "a person"}': "text.png",
     '{"image": "0.png", "caption": ': "line 10",
     '"0.png"': "expected an object",
+    '{"image": "0.png", "caption": "a person \\ud83d"}': "surrogates not allowed",
+    "[" * 10**5: "recursion",
+    '{"image": "huge.png", "caption": "a person"}': "13000 x 13000 pixels is too large",
+    '{"image": "line.png", "caption": "a person"}': "300 x 1 pixels is too narrow",
+    '{"image": "drawing.png", "caption": "a person"}': "cannot identify image file",
 }
 
 
 def test_every_kind_of_broken_entry_is_named(folder, tmp_path, caplog):
     save_picture(tmp_path / "0.png", 0)
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # for which programs run
+    Image.new("1", (13000, 13000)).save(tmp_path / "huge.png")
+    Image.new("L", (300, 1)).save(tmp_path / "line.png")
     good = '{"image": "0.png", "caption": "A Person reads", "box": [2, 3, 20, 30]}'
     data = tmp_path / "data.jsonl"
     data.write_bytes("\n".join([*BROKEN, good, ""]).encode() + b'{"image": "0.png", "caption": "\xff"}\n')
@@ -366,6 +374,17 @@ def test_odd_exif_is_a_broken_picture_at_most(tmp_path, exif):
             read(tmp_path / "odd.jpg")
         except (OSError, ValueError) as error:  # what names an entry and leaves it out
             print(error)
+
+
+def test_a_box_in_the_last_half_pixel():
+    assert cut(torch.rand(1, 40, 100, 3), (99.6, 39.7, 100, 40)).shape == (1, 1, 1, 3)
+
+
+def test_what_is_no_data_set(tmp_path):
+    for name in ("pictures.csv", "pictures.tgz"):
+        (tmp_path / name).write_text("a,b")
+        with pytest.raises(TrainingError, match="expected a folder of pictures, a .jsonl file, or .tar shards"):
+            read_dataset(settings(tmp_path, data=str(tmp_path / name)), Troubles("skip"))
 
 
 def test_sixteen_bits_are_not_white(tmp_path):

@@ -36,8 +36,7 @@ class ToyReader:
         self.entries = [Entry(Path(f"{i}.png"), "<person>", (64, 64 + 32 * (i % 2))) for i in range(count)]
         self.plan = Plan(self.entries, config, world()[1])
 
-    def fingerprint(self) -> str:
-        return "toy"
+    fingerprint = "toy"
 
     def __call__(self, row) -> Sample:
         picture = torch.randn(1, 6, 16, generator=row.generator("noise"), dtype=torch.float64)
