@@ -17,7 +17,7 @@ from nested_attention.training.processes import joined
 
 HERE = Path(__file__).parent
 STEPS = {
-    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 800, "judge": 3000,
+    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 800, "judge": 2000,
 }  # fmt: skip
 SEEDS = (0, 1)
 PART = 0.125  # of the steps, for the ablations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of what is made on the way")
     parser.add_argument("--weights", type=Path, default=HERE.parent / "weights", help="folder of what ships")
     parser.add_argument("--steps", type=int, help="of each training, in place of its own number")
-    parser.add_argument("--cases", type=int, default=48, help="pictures for each row of the evidence")
+    parser.add_argument("--cases", type=int, default=100, help="subjects of each table of the evidence, 152 at most")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; all by default")
     given = parser.parse_args()
     find_host()
@@ -142,7 +142,7 @@ def trained(given: argparse.Namespace, name: str, part: float = 1.0, **changes: 
 
 
 def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
-    """The other ways to personalize, and each way once more from another seed."""
+    """The other ways to personalize, and the two that come near each other once more from another seed."""
     from .rivals import DecoupledObjective
 
     ways = {"person": {}, "decoupled": {"objective": DecoupledObjective, "value_share": 0.0}, "single": {"queries": 1}}
@@ -150,19 +150,23 @@ def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
         (way, seed): trained(given, f"{way}-{seed}" if seed else way, seed=seed, **changes)
         for seed in SEEDS
         for way, changes in ways.items()
+        if seed == 0 or way != "single"
     }
 
 
 def ablations(given: argparse.Namespace) -> dict[str, Path]:
-    """One choice changed in each, all trained for a part of the steps."""
-    return {name: trained(given, re.sub(r"\W+", "-", name), PART, **changes) for name, changes in CHANGES.items()}
+    """One choice changed in each, all trained for a part of the steps; and the one that ships after all and one."""
+    found = {"all steps": trained(given, "person"), "1 step": trained(given, "1-step", 1 / steps(given, "adapter"))}
+    for name, changes in CHANGES.items():
+        found[name] = trained(given, re.sub(r"\W+", "-", name), PART, **changes)
+    return found
 
 
 def evidence(given: argparse.Namespace) -> None:
     from nested_attention.host.studio import load_studio
 
     from .compare import PEOPLE, Comparison
-    from .evidence import cases
+    from .evidence import cases, unlike_nested
     from .inside import inside
     from .report import report
 
@@ -176,8 +180,8 @@ def evidence(given: argparse.Namespace) -> None:
     compare.pairs(person, pet)
     compare.two_people(person)
     compare.training(ablations(given))
-    compare.drawing(person)
-    tops = inside(compare.base, person, cases(compare.world, 8, 0, PEOPLE), docs / "inside.png")
+    compare.drawing(person, unlike_nested(person, given.work / "adapters" / "alike" / person.name))
+    tops = inside(compare.base, person, cases(compare.world, 8, PEOPLE), docs / "inside.png")
     (results / "concentration.json").write_text(json.dumps(tops))
     print(report(results, docs, {name: steps(given, name) for name in STEPS}, PART))
 

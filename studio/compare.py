@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nested_attention.host.base import Base
 
 from . import evidence
-from .evidence import STRENGTHS, Method, Rows, cases, decoupled, nested, nobody, told
+from .evidence import STRENGTHS, Case, Method, Scores, cases, decoupled, nested, nobody, told
 from .gallery import gallery
 from .judge import Judge
 from .scenes import World
@@ -41,7 +43,7 @@ def side(left: float, right: float) -> Tensor:
 class Comparison:
     """Scores go to `results`, galleries to `docs`.
 
-    count   cases for each row of a table
+    count   cases of a table, the same ones in all its rows
     """
 
     world: World
@@ -52,17 +54,17 @@ class Comparison:
     count: int
 
     def people(self, seed: int, files: Mapping[str, Path]) -> None:
-        """One person, by each way to personalize, over strengths."""
-        ways = {"nested": nested(files["person"]), "single": nested(files["single"])}
-        ways |= {"decoupled": decoupled(files["decoupled"])}
-        self.score("people", seed, self.plain | ways, PEOPLE)
+        """One person, by each way to personalize, trained from this seed, over strengths."""
+        ways = {"nested": nested(files["person"]), "decoupled": decoupled(files["decoupled"])}
+        ways |= {"single": nested(files["single"])} if "single" in files else {}
+        self.score("people", self.plain | ways if seed == 0 else ways, PEOPLE, seed=seed)
         if seed == 0:
             shown = {f"nested {s:g}": (ways["nested"], s) for s in (0.5, 1.0, 1.5)}
             shown |= {"decoupled": (ways["decoupled"], 1.0), "single token": (ways["single"], 1.0)}
             self.show("people", shown, PEOPLE)
 
     def pets(self, pet: Path) -> None:
-        self.score("pets", 0, {**self.plain, "nested": nested(pet)}, PETS, (1.0,))
+        self.score("pets", {**self.plain, "nested": nested(pet)}, PETS, (1.0,))
 
     def pairs(self, person: Path, pet: Path) -> None:
         """A person and a pet, with and without what is offered against their mixing."""
@@ -70,7 +72,7 @@ class Comparison:
         settle = {"competition": 2.0}
         offered = {"as it is": {}, "competition 2": settle, "regions": apart, "both": apart | settle}
         ways = {name: nested(person, pet, **choices) for name, choices in offered.items()}
-        self.score("pairs", 0, self.plain | ways, PEOPLE + PETS, (1.0,))
+        self.score("pairs", self.plain | ways, PEOPLE + PETS, (1.0,))
         self.show("pairs", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE + PETS)
 
     def two_people(self, person: Path) -> None:
@@ -81,17 +83,18 @@ class Comparison:
         ways = {name: (method, method) for name, method in self.plain.items()}
         for name, (left, right) in offered.items():
             ways[name] = nested(person, placeholder="<left>", **left), nested(person, placeholder="<right>", **right)
-        pairs = evidence.pairs_of(cases(self.world, self.count, 0, PEOPLE))
-        chosen = [case for pair in pairs for case in pair]
+        pairs = evidence.pairs_of(cases(self.world, self.count, PEOPLE))
 
-        def rows(way: tuple[Method, Method], strength: float) -> Rows:
-            pictures = [evidence.draw_two(self.base, way, pair, strength) for pair in pairs]
-            parts = [part for picture in pictures for part in evidence.around_each(picture)]
-            return evidence.score(self.world, self.judge, chosen, torch.stack(parts))
+        def scores(pictures: Iterable[Tensor]) -> Scores:
+            """Of a pair, the mean of the two."""
+            sides = zip(*map(evidence.around_each, pictures), strict=True)
+            each = [
+                evidence.score(self.world, self.judge, cases, torch.stack(seen))
+                for cases, seen in zip(zip(*pairs, strict=True), sides, strict=True)
+            ]
+            return {key: np.mean([found[key] for found in each], axis=0).tolist() for key in each[0]}
 
-        out = self.results / "two-people-seed-0.json"
-        real = partial(evidence.ceiling_of_two, self.world, self.judge, 2 * len(chosen))
-        evidence.run({name: partial(rows, way) for name, way in ways.items()}, real, out, (1.0,))
+        self.measure("two-people", ways, pairs, partial(evidence.draw_two, self.base), scores, (1.0,))
         shown = [
             (
                 [case.photos["people"][0] for case in pair],
@@ -103,37 +106,66 @@ class Comparison:
 
     def training(self, files: Mapping[str, Path]) -> None:
         """One person, by adapters that were trained in other ways."""
-        self.score("training", 0, {name: nested(path) for name, path in files.items()}, PEOPLE, (1.0,))
+        self.score("training", {name: nested(path) for name, path in files.items()}, PEOPLE, (1.0,))
 
-    def drawing(self, person: Path) -> None:
-        """One person, by one adapter that is applied in other ways."""
+    def drawing(self, person: Path, alike: Path) -> None:
+        """One person, by one adapter that is applied in other ways; `alike` is that without its lookup."""
         ways = {name: nested(person, **choices) for name, choices in DRAWING.items()}
-        self.score("drawing", 0, ways, PEOPLE, (1.0,))
+        ways["all places alike"] = nested(alike)
+        self.score("drawing", ways, PEOPLE, (1.0,))
         self.show("drawing", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE)
-        self.score("photos", 0, {"three photos": nested(person)}, PEOPLE, (1.0,), photos=3)
+        self.score("drawing", {"three photos": nested(person)}, PEOPLE, (1.0,), photos=3)
 
     @property
     def plain(self) -> dict[str, Method]:
         return {"none": nobody, "told": told(self.world)}
 
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        unet = self.base.model.model.diffusion_model
+        return {"base": evidence.digest(unet), "judge": evidence.digest(self.judge), "cases": self.count}
+
     def score(
         self,
         name: str,
-        seed: int,
         ways: Mapping[str, Method],
         kinds: Sequence[str],
         strengths: Sequence[float] = (),
         photos: int = 1,
+        seed: int = 0,
     ) -> None:
-        chosen = cases(self.world, self.count, seed, kinds, photos)
+        """One of each kind in each picture."""
+        chosen = cases(self.world, self.count, kinds, photos)
 
-        def rows(way: Method, strength: float) -> Rows:
-            pictures = torch.stack([evidence.draw(self.base, way, case, strength) for case in chosen])
-            return evidence.score(self.world, self.judge, chosen, pictures)
+        def scores(pictures: Iterable[Tensor]) -> Scores:
+            return evidence.score(self.world, self.judge, chosen, torch.stack([*pictures]))
 
-        out = self.results / f"{name}-seed-{seed}.json"
-        real = partial(evidence.ceiling, self.world, self.judge, 4 * len(chosen), kinds)
-        evidence.run({name: partial(rows, way) for name, way in ways.items()}, real, out, strengths or STRENGTHS)
+        def draw(way: Method, case: tuple[Case], strength: float) -> Tensor:
+            return evidence.draw(self.base, way, *case, strength)
+
+        self.measure(name, ways, [(case,) for case in chosen], draw, scores, strengths or STRENGTHS, seed)
+
+    def measure(
+        self,
+        name: str,
+        ways: Mapping[str, Any],
+        groups: Sequence[Sequence[Case]],
+        draw: Callable[[Any, Any, float], Tensor],
+        scores_of: Callable[[Iterable[Tensor]], Scores],
+        strengths: Sequence[float],
+        seed: int = 0,
+    ) -> None:
+        """Scores of what `draw` draws of each group of cases in each way; and where a way is to draw nobody, of
+        pictures that no model drew.
+        """
+
+        def scores(way: Any, strength: float) -> Scores:
+            return scores_of([draw(way, group, strength) for group in groups])
+
+        ready = {name: partial(scores, way) for name, way in ways.items()}
+        if "none" in ways:
+            ready["ceiling"] = lambda strength: scores_of(evidence.as_asked(self.world, groups))
+        evidence.run(ready, self.results / f"{name}-seed-{seed}.json", self.made, strengths)
 
     def show(self, name: str, ways: Mapping[str, tuple[Method, float]], kinds: Sequence[str]) -> None:
         every = {PLAIN[plain]: (way, 1.0) for plain, way in self.plain.items()} | dict(ways)
@@ -142,6 +174,6 @@ class Comparison:
                 [photos[0] for photos in case.photos.values()],
                 {name: evidence.draw(self.base, way, case, strength) for name, (way, strength) in every.items()},
             )
-            for case in cases(self.world, SHOWN, 0, kinds)
+            for case in cases(self.world, SHOWN, kinds)
         ]
         gallery(shown, self.docs / f"{name}.png")

@@ -6,6 +6,7 @@ that tables and plots can be made again without drawing anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,32 +14,35 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import comfy.sample
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from nested_attention import files
 from nested_attention.files import write_atomically
-from nested_attention.host.adapters import BoundSubject, load_adapter, nested_tokens
+from nested_attention.host.adapters import load_adapter, subject_of
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import Base
 from nested_attention.host.images import features, fit
-from nested_attention.subject import Subject, join_photos
 
-from . import animals, people, places
-from .attributes import truth
+from . import animals, people, pictures, places
 from .judge import Judge
 from .pictures import SIDE, VIEWS
 from .rivals import apply_decoupled
-from .scenes import SMALL, STANDS, World, as_pixels
+from .scenes import SMALL, STANDS, World, as_pixels, small, stand
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 3.5, "euler", "simple"
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
-WITHOUT_STRENGTH = ("none", "told")
+WITHOUT_STRENGTH = ("none", "told", "ceiling")
+MAIN = ("identity", "retrieved", "prompt")
 CANDIDATES = 50
+DRAWN_BEFORE = 48  # of those held out, the first were looked at while the model was made
 AROUND, MARGIN = 44, 6  # pixels: side of what is around one of two people, and how far it may leave the picture
 ATTRIBUTES = {"people": people, "animals": animals}
 PLACEHOLDERS = {"people": "<person>", "animals": "<pet>"}
@@ -56,18 +60,29 @@ class Case:
     seed: int
 
 
-def cases(world: World, count: int, seed: int, kinds: Sequence[str] = ("people",), photos: int = 1) -> list[Case]:
-    rng, found = Random(f"cases {seed}"), []
+def cases(world: World, count: int, kinds: Sequence[str] = ("people",), photos: int = 1) -> list[Case]:
+    """Nobody twice, and nobody who was drawn while the model was made; with more photos, the same cases otherwise.
+
+    Raises ValueError where there are not so many.
+    """
+    untouched = {kind: world.casts[kind].held_out()[DRAWN_BEFORE:] for kind in kinds}
+    if count > min(map(len, untouched.values())):
+        raise ValueError(f"{count} cases, but only {min(map(len, untouched.values()))} who were not drawn before.")
+    found = []
     for i in range(count):
-        numbers = {k: world.casts[k].held_out()[i % len(world.casts[k].held_out())] for k in kinds}
-        seen = {k: [world.portrait(k, n, v, rng) for v in rng.sample(range(VIEWS), photos)] for k, n in numbers.items()}
+        rng, chance = Random(f"case {i}"), Random(f"photos of case {i}")
+        numbers = {k: untouched[k][i] for k in kinds}
+        seen = {
+            k: [world.portrait(k, n, v, chance) for v in chance.sample(range(VIEWS), photos)]
+            for k, n in numbers.items()
+        }
         wanted = {k: ATTRIBUTES[k].draw_view(rng) for k in kinds}
         place = rng.choice(list(places.NAMES))
         phrases = [PHRASES[k].format(PLACEHOLDERS[k], **wanted[k]) for k in kinds]
         prompt = f"{' and '.join(phrases)} {places.NAMES[place]}".replace(" wearing a  ", " ")
         prompt = re.sub(r"\ba (?=[aeiou])", "an ", prompt)
         tensors = {k: torch.from_numpy(np.stack(v)) / 255 for k, v in seen.items()}
-        found.append(Case(numbers, tensors, {**wanted, "scene": {"place": place}}, prompt, 1000 * seed + i))
+        found.append(Case(numbers, tensors, {**wanted, "scene": {"place": place}}, prompt, i))
     return found
 
 
@@ -75,8 +90,8 @@ PHRASES = {
     "people": "a {expression} {} wearing a {clothes color} {clothes}",
     "animals": "a {mood} {} wearing a {wear color} {wears}",
 }
-Rows = list[dict[str, float]]
-"""Scores of each case."""
+Scores = dict[str, list[float]]
+"""By their names, those of each case."""
 
 Method = Callable[[Base, Case, float], tuple[Any, Any, str]]
 """Of a case and a strength: what to draw with, and the prompt for it."""
@@ -110,8 +125,7 @@ def nested(*paths: Path, choices: Mapping[str, Mapping[str, Any]] | None = None,
     def method(base: Base, case: Case, strength: float) -> tuple[Any, Any, str]:
         model, clip, prompt = base.model, base.clip, case.prompt
         for adapter, kind in zip(adapters, case.numbers, strict=False):
-            tokens = join_photos(nested_tokens(adapter, see(base, case.photos[kind], adapter)), "concatenate")
-            bound = BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
+            bound = subject_of(adapter, see(base, case.photos[kind], adapter))
             own = {"placeholder": PLACEHOLDERS[kind], "strength": strength, **shared, **(choices or {}).get(kind, {})}
             model, clip = apply_subject(model, clip, bound, **own)
             prompt = prompt.replace(PLACEHOLDERS[kind], own["placeholder"])
@@ -183,89 +197,111 @@ def pairs_of(chosen: list[Case]) -> list[tuple[Case, Case]]:
 
 
 @torch.no_grad()
-def score(world: World, judge: Judge, cases: Sequence[Case], pictures: Tensor) -> Rows:
-    """For each case, mean over its subjects: the part of identity attributes that are right, of what the prompt asks,
-    and whether the right one is found among 50.
+def score(world: World, judge: Judge, cases: Sequence[Case], drawn: Tensor) -> Scores:
+    """Of each case, mean over its subjects: the part of the identity that is right, of what the prompt asks, and
+    whether the right one is found among 50; and the attributes one by one, 'people hair color'.
     """
-    seen, options, rows = judge(pictures), judge.heads.options, []
+    seen, found = judge(drawn), []
     for i, case in enumerate(cases):
-        named = {k: {key: o[seen[k][key][i].argmax()] for key, o in options[k].items()} for k in options}
-        of = {k: world.casts[k].identities[n] for k, n in case.numbers.items()}
-        right = {k: np.mean([named[k][key] == of[k][key] for key in ATTRIBUTES[k].IDENTITY]) for k in of}
-        asked = [named[k][key] == case.wanted[k][key] for k in of for key in ASKED[k]]
-        asked.append(named["scene"]["place"] == case.wanted["scene"]["place"])
-        found = [retrieved(world, judge, k, {key: x[i] for key, x in seen[k].items()}, case) for k in of]
-        row = {"identity": right.values(), "prompt": asked, "retrieved": found}
-        rows.append({key: float(np.mean(list(values))) for key, values in row.items()})
-        rows[-1] |= {f"identity of {k}": float(value) for k, value in right.items()}
-    return rows
+        truth = {k: {**world.casts[k].identities[n], **case.wanted[k]} for k, n in case.numbers.items()}
+        truth["scene"] = case.wanted["scene"]
+        scored = {**{k: (*shown(k, case), *ASKED[k]) for k in case.numbers}, "scene": ("place",)}
+        right = {
+            f"{k} {key}": float(judge.heads.options[k][key][seen[k][key][i].argmax()] == truth[k][key])
+            for k, keys in scored.items()
+            for key in keys
+        }
+        each = {k: np.mean([right[f"{k} {key}"] for key in shown(k, case)]) for k in case.numbers}
+        asked = [right[f"{k} {key}"] for k in case.numbers for key in ASKED[k]]
+        known = [retrieved(world, judge, k, {key: x[i] for key, x in seen[k].items()}, case) for k in case.numbers]
+        means = {"identity": [*each.values()], "prompt": [*asked, right["scene place"]], "retrieved": known}
+        row = {key: float(np.mean(values)) for key, values in means.items()}
+        found.append(row | {f"identity of {k}": float(value) for k, value in each.items()} | right)
+    keys = dict.fromkeys(key for row in found for key in row)
+    return {key: [row[key] for row in found if key in row] for key in keys}
+
+
+def shown(kind: str, case: Case) -> list[str]:
+    """What of an identity can be seen: closed eyes have no color."""
+    asleep = case.wanted[kind].get("mood") == "sleepy"
+    return [key for key in ATTRIBUTES[kind].IDENTITY if not (asleep and key == "eyes")]
 
 
 def retrieved(world: World, judge: Judge, kind: str, seen: dict[str, Tensor], case: Case) -> bool:
-    """Whether nobody of 49 others fits better to what the judge sees than who was asked for."""
-    cast, number = world.casts[kind], case.numbers[kind]
-    others = Random(f"candidates {case.seed}").sample([n for n in cast.held_out() if n != number], CANDIDATES - 1)
+    """Whether none of the 49 others held out who are most alike fits better to what the judge sees."""
+    members, number, keys = world.casts[kind].identities, case.numbers[kind], shown(kind, case)
+    others = [n for n in world.casts[kind].held_out() if n != number]
+    others.sort(key=lambda n: sum(members[n][key] != members[number][key] for key in keys))
     values = judge.heads.options[kind]
-    fit = [
-        sum(seen[key][values[key].index(cast.identities[n][key])].item() for key in ATTRIBUTES[kind].IDENTITY)
-        for n in (number, *others)
+    fits = [
+        sum(seen[key][values[key].index(members[n][key])].item() for key in keys)
+        for n in (number, *others[: CANDIDATES - 1])
     ]
-    return fit[0] >= max(fit)
+    return fits[0] >= max(fits)
 
 
-def ceiling(world: World, judge: Judge, count: int, kinds: Sequence[str]) -> Rows:
-    """The judge on rendered pictures of those held out, composed as the prompts ask."""
-    rng = Random("ceiling")
-    scenes = [world.scene(rng, held_out=True, kinds=tuple(kinds)) for _ in range(count)]
-    made = [
-        Case({f.kind: f.number for f in scene.figures}, {}, truth(world, scene), "", i)
-        for i, scene in enumerate(scenes)
-    ]
-    return score(world, judge, made, as_pixels([scene.picture for scene in scenes]))
+def as_asked(world: World, groups: Sequence[Sequence[Case]]) -> Tensor:
+    """Pictures [B, 3, 64, 64] of the very people of each group, side by side, doing what their prompts ask: drawn by
+    what drew the pictures of the training. No model can be scored higher than they are.
+    """
+    who = [(k, n, case) for group in groups for case in group for k, n in case.numbers.items()]
+    jobs = [ATTRIBUTES[k].job(world.casts[k].identities[n], case.wanted[k]) for k, n, case in who]
+    with TemporaryDirectory() as folder:
+        cutouts = iter(np.array(pictures.render(jobs, Path(folder) / "asked.rgba")))
+    drawn = []
+    for group in groups:
+        rng, kinds = Random(group[0].seed), tuple(k for case in group for k in case.numbers)
+        placed = [(Image.fromarray(next(cutouts)), stand(kinds, i, rng)) for i in range(len(kinds))]
+        drawn.append(small(world.compose(place_of(group[0]), placed, rng)))
+    return as_pixels(drawn)
 
 
-def ceiling_of_two(world: World, judge: Judge, count: int) -> Rows:
-    """As `ceiling`, for each of two people in one picture."""
-    rng = Random("ceiling")
-    scenes = [world.scene(rng, held_out=True, kinds=("people", "people")) for _ in range(count)]
-    made = [
-        Case({"people": f.number}, {}, truth(world, replace(scene, figures=(f,))), "", i)
-        for i, scene in enumerate(scenes)
-        for f in scene.figures
-    ]
-    parts = [part for picture in as_pixels([s.picture for s in scenes]) for part in around_each(picture)]
-    return score(world, judge, made, torch.stack(parts))
+def unlike_nested(path: Path, out: Path) -> Path:
+    """The adapter with keys of zero: every place sees the mean of all nested values, so that nothing is looked up."""
+    adapter = files.load_adapter(path)
+    for layer in adapter.layers:
+        torch.nn.init.zeros_(layer.to_k.weight)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.save_adapter(adapter, out)
+    return out
 
 
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
+def interval(values: Sequence[float], share: bool = False) -> tuple[float, float, float]:
+    """Mean and its 95 % interval: by bootstrap over the cases, or Wilson's for a `share` of them."""
     x, rng = np.array(values), np.random.default_rng(0)
-    means = x[rng.integers(0, len(x), (draws, len(x)))].mean(1)
+    if share:
+        n, p, z = len(x), x.mean(), 1.96
+        middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+        return float(p), float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))
+    means = x[rng.integers(0, len(x), (2000, len(x)))].mean(1)
     return float(x.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
 
 
-def summary(rows: list[dict[str, float]]) -> dict[str, tuple[float, float, float]]:
-    return {key: interval([row[key] for row in rows]) for key in rows[0]}
-
-
 def run(
-    ways: Mapping[str, Callable[[float], Rows]],
-    real: Callable[[], Rows],
+    ways: Mapping[str, Callable[[float], Scores]],
     out: Path,
+    made: Mapping[str, Any],
     strengths: Sequence[float] = STRENGTHS,
 ) -> None:
     """Draw and score all, way by way and strength by strength; what is in `out` already is not done again.
 
-    real   gives the rows of pictures that were not drawn by the model
+    made   what the scores depend on, apart from the adapters: where `out` has been made with another, all is done anew
     """
     found = json.loads(out.read_text()) if out.exists() else {}
-    if "ceiling" not in found:
-        found["ceiling"] = {"1.0": real()}
-    for name, rows_at in ways.items():
+    if found.get("made") != made:
+        found = {"made": made, "scores": {}}
+    for name, scores_at in ways.items():
         for strength in (1.0,) if name in WITHOUT_STRENGTH else strengths:
-            if str(strength) in found.setdefault(name, {}):
+            if str(strength) in found["scores"].setdefault(name, {}):
                 continue
-            found[name][str(strength)] = rows_at(strength)
+            found["scores"][name][str(strength)] = scores = scores_at(strength)
             write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
-            means = {k: round(v[0], 3) for k, v in summary(found[name][str(strength)]).items()}
-            print(name, strength, means, flush=True)
+            print(name, strength, {key: round(float(np.mean(scores[key])), 3) for key in MAIN}, flush=True)
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of its weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nested_attention.host.adapters import BoundSubject, load_adapter, nested_tokens
+from nested_attention.host.adapters import load_adapter, subject_of
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import Base
 from nested_attention.host.inspection import inspect, lookups
 from nested_attention.host.recording import record_model
 from nested_attention.inspection.drawing import to_image
 from nested_attention.inspection.views import nested_attention, top_tokens
-from nested_attention.subject import Subject
 
 from .evidence import PLACEHOLDERS, Case, Method, draw, see
 
@@ -34,8 +33,7 @@ def inside(base: Base, path: Path, cases: list[Case], figure: Path) -> dict[str,
     tops: list[np.ndarray] = []
     for case in cases:
         photos = case.photos[kind][:1]
-        tokens = nested_tokens(adapter, see(base, photos, adapter))
-        bound = BoundSubject(Subject(tokens, adapter.fingerprint, adapter.name), adapter)
+        bound = subject_of(adapter, see(base, photos, adapter))
         model, clip = apply_subject(base.model, base.clip, bound, placeholder=PLACEHOLDERS[kind])
         model, recording = record_model(model)
         picture = draw(base, ready(model, clip, case.prompt), case)

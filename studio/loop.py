@@ -20,6 +20,7 @@ from comfy.model_management import get_torch_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from nested_attention.files import write_atomically
 from nested_attention.training.processes import world
 
 
@@ -155,8 +156,8 @@ def train(
             print(line, flush=True)
         if rank == 0 and (time.monotonic() - saved > SAVE_AFTER or step == plan.steps):
             parts = {"module": module, "mean": mean, "optimizer": optimizer}
-            torch.save({"step": step, **{k: v.state_dict() for k, v in parts.items()}}, state_file.with_suffix(".part"))
-            os.replace(state_file.with_suffix(".part"), state_file)
+            state = {"step": step, **{k: v.state_dict() for k, v in parts.items()}}
+            write_atomically(state_file, lambda file: torch.save(state, file))  # noqa: B023
             saved = time.monotonic()
     return mean.cpu()
 

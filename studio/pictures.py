@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nested_attention.files import write_atomically
+
 from . import animals, people, places
 
 HERE = Path(__file__).parent
@@ -50,12 +52,9 @@ def render(jobs: list[dict[str, Any]], path: Path, side: int = SIDE) -> np.ndarr
     """Draw jobs to a file of raw pixels, or map the one that is there; [jobs, side, side, 4]."""
     shape = (len(jobs), side, side, 4)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = "\n".join(json.dumps(job) for job in jobs).encode()
-        part = path.with_suffix(".part")
-        with part.open("wb") as out:
-            subprocess.run(["node", "render.mjs", str(side)], cwd=HERE, input=lines, stdout=out, check=True)
-        part.rename(path)
+        command = {"args": ["node", "render.mjs", str(side)], "cwd": HERE, "input": lines}
+        write_atomically(path, lambda out: subprocess.run(**command, stdout=out, check=True))
     return np.memmap(path, np.uint8, "r", shape=shape)
 
 

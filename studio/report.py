@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .evidence import WITHOUT_STRENGTH, summary
+import numpy as np
+
+from .evidence import ASKED, ATTRIBUTES, WITHOUT_STRENGTH, Scores, interval
 
 NAMES = {
     "none": "no personalization",
@@ -28,9 +31,10 @@ BEGIN, END = "<!-- scores, by python -m studio evidence -->", "<!-- end of score
 COLORS = {"nested": "#d6336c", "decoupled": "#1c7ed6", "single": "#f08c00"}
 SCORES = {"identity": "identity", "retrieved": "found among 50", "prompt": "prompt"}
 EACH = {"identity of people": "identity, person", "identity of animals": "identity, pet", "prompt": "prompt"}
+ORDER = ["none", "told", "nested", "decoupled", "single"]  # of rows; then others in their own order, "ceiling" last
 
-
-Pooled = dict[str, dict[str, list[dict[str, float]]]]
+Pooled = dict[str, dict[str, Scores]]
+"""By method and strength, the scores of each case."""
 
 
 def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Path:
@@ -38,18 +42,31 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
 
     What a person makes of the numbers is in `results/findings.md`, which becomes the page's beginning.
     """
-    names = ("people", "pairs", "two-people", "pets", "training", "drawing", "photos")
-    found = {name: pool(sorted(results.glob(f"{name}-seed-*.json"))) for name in names}
+    names = ("people", "pairs", "two-people", "pets", "training", "drawing")
+    seeds = {name: [read(path) for path in sorted(results.glob(f"{name}-seed-*.json"))] for name in names}
+    found = {name: pool(by_seed) for name, by_seed in seeds.items()}
     plot(found["people"], docs / "evidence.png")
     tables = {name: table(found[name], EACH if name == "pairs" else SCORES) for name in names}
+    plain = ["none", "told", "ceiling"]
+    pairs = [(["as it is"], plain), (["competition 2", "regions", "both"], ["as it is"])]
+    differences = {
+        "people": apart(found["people"], [(["nested"], ["decoupled", "single", *plain])]),
+        "pets": apart(found["pets"], [(["nested"], plain)]),
+        "pairs": apart(found["pairs"], pairs, EACH),
+        "two_people": apart(found["two-people"], pairs),
+        "training": apart(found["training"], [(found["training"], ["as it ships"])]),
+        "drawing": apart(found["drawing"], [(found["drawing"], ["as it is"])]),
+    }
     findings, tops = results / "findings.md", json.loads((results / "concentration.json").read_text())
     page = PAGE.format(
         **{name.replace("-", "_"): text for name, text in tables.items()},
-        apart=table(apart(found["people"]), SCORES),
+        **{f"{name}_apart": text for name, text in differences.items()},
+        seeds=lines(by_seed(seeds["people"]), ["method", "seed", *SCORES.values()]),
+        one_by_one=one_by_one(found["people"], "people"),
+        one_by_one_pets=one_by_one(found["pets"], "animals"),
         findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
-        rows=len(found["people"]["none"]["1.0"]),
-        cases=len(found["pets"]["none"]["1.0"]),
-        pairs_of_people=len(found["two-people"]["none"]["1.0"]) // 2,
+        cases=count(found["people"]),
+        pairs_of_people=count(found["two-people"]),
         part=round(part * steps["adapter"]),
         concentration=concentration(tops),
         **steps,
@@ -61,54 +78,110 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
     return docs / "evidence.md"
 
 
-def pool(scores: list[Path]) -> Pooled:
-    """Rows by method and strength, of all files."""
+def read(path: Path) -> Pooled:
+    return json.loads(path.read_text())["scores"]
+
+
+def pool(seeds: list[Pooled]) -> Pooled:
+    """Of each case, the mean over the seeds of the training that it was drawn with."""
     pooled: Pooled = {}
-    for path in scores:
-        for method, by_strength in json.loads(path.read_text()).items():
-            for strength, rows in by_strength.items():
-                pooled.setdefault(method, {}).setdefault(strength, []).extend(rows)
+    for method in dict.fromkeys(method for found in seeds for method in found):
+        of = [found[method] for found in seeds if method in found]
+        pooled[method] = {
+            strength: {key: np.mean([scores[strength][key] for scores in of], axis=0).tolist() for key in first}
+            for strength, first in of[0].items()
+        }
     return pooled
 
 
-def apart(pooled: Pooled) -> Pooled:
-    """What nested attention scores more than the other ways, case by case."""
-    found: Pooled = {other: {} for other in ("decoupled", "single")}
-    for other, by_strength in found.items():
-        for strength, rows in pooled["nested"].items():
-            both = zip(rows, pooled[other][strength], strict=True)
-            by_strength[strength] = [{key: ours[key] - theirs[key] for key in SCORES} for ours, theirs in both]
-    return found
+def count(pooled: Pooled) -> int:
+    return len(pooled["none"]["1.0"]["prompt"])
 
 
-def table(pooled: Pooled, columns: dict[str, str]) -> str:
-    lines = [f"| method | strength | {' | '.join(columns.values())} |", "| --- " * (len(columns) + 2) + "|"]
-    # Those that NAMES does not hold stand at the top, after "none", in their own order.
-    for method in sorted(pooled, key=lambda name: [*NAMES].index(name) if name in NAMES else 0):
-        for strength, rows in pooled[method].items():
-            numbers = summary(rows)
-            cells = ["{:.1%} ({:.1%} to {:.1%})".format(*numbers[key]) for key in columns]
-            shown = "" if method in ("ceiling", *WITHOUT_STRENGTH) else strength
-            lines.append(f"| {NAMES.get(method, method)} | {shown} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def ordered(pooled: Pooled) -> list[str]:
+    return sorted(pooled, key=lambda name: ORDER.index(name) if name in ORDER else 9 + (name == "ceiling"))
+
+
+def lines(rows: list[list[str]], columns: Sequence[str]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+
+
+def cells(scores: Scores, columns: Mapping[str, str]) -> list[str]:
+    return ["{:.1%} ({:.1%} to {:.1%})".format(*interval(scores[k], share=k == "retrieved")) for k in columns]
+
+
+def table(pooled: Pooled, columns: Mapping[str, str]) -> str:
+    rows = [
+        [NAMES.get(method, method), "" if method in WITHOUT_STRENGTH else strength, *cells(scores, columns)]
+        for method in ordered(pooled)
+        for strength, scores in pooled[method].items()
+    ]
+    return lines(rows, ["method", "strength", *columns.values()])
+
+
+def apart(
+    pooled: Pooled,
+    pairs: Iterable[tuple[Iterable[str], Iterable[str]]],
+    columns: Mapping[str, str] = SCORES,
+) -> str:
+    """What the first ones of each pair score more than the others at the same strength, case by case."""
+    rows = [
+        [
+            NAMES.get(a, a),
+            strength,
+            NAMES.get(b, b),
+            *(signed(scores[key], pooled[b][strength][key]) for key in columns),
+        ]
+        for first, others in pairs
+        for a in first
+        for b in others
+        if a in pooled and a != b
+        for strength, scores in pooled[a].items()
+        if strength in pooled[b]
+    ]
+    return lines(rows, ["method", "strength", "above", *columns.values()])
+
+
+def signed(first: Sequence[float], second: Sequence[float]) -> str:
+    return "{:+.1%} ({:+.1%} to {:+.1%})".format(*interval(np.subtract(first, second)))
+
+
+def by_seed(seeds: list[Pooled]) -> list[list[str]]:
+    """At strength 1, by each training apart."""
+    return [
+        [NAMES[method], str(seed), *cells(found[method]["1.0"], SCORES)]
+        for method in ("nested", "decoupled", "single")
+        for seed, found in enumerate(seeds)
+        if method in found
+    ]
+
+
+def one_by_one(pooled: Pooled, kind: str) -> str:
+    """Attributes at strength 1: those of the identity, then what the prompt asks for."""
+    keys = [*(f"{kind} {key}" for key in (*ATTRIBUTES[kind].IDENTITY, *ASKED[kind])), "scene place"]
+    rows = [
+        [NAMES[method], *(f"{np.mean(pooled[method]['1.0'][key]):.0%}" for key in keys)] for method in ordered(pooled)
+    ]
+    return lines(rows, ["method", *(key.split(" ", 1)[1] for key in keys)])
 
 
 def in_short(found: dict[str, Pooled]) -> str:
     """Means at strength 1, for the README."""
-    lines = ["| at strength 1 | identity | right one of 50 found | prompt |", "|---|---|---|---|"]
-    for name, who in (("people", "person"), ("pets", "pet")):
-        for method in (method for method in IN_SHORT if method in found[name]):
-            means = {key: value for key, (value, *_) in summary(found[name][method]["1.0"]).items()}
-            lines.append(f"| {IN_SHORT[method].format(who)} | {' | '.join(f'{means[key]:.1%}' for key in SCORES)} |")
-    return "\n".join(lines)
+    rows = [
+        [IN_SHORT[method].format(who), *(f"{np.mean(found[name][method]['1.0'][key]):.1%}" for key in SCORES)]
+        for name, who in (("people", "person"), ("pets", "pet"))
+        for method in IN_SHORT
+        if method in found[name]
+    ]
+    return lines(rows, ["at strength 1", "identity", "right one of 50 found", "prompt"])
 
 
 def concentration(tops: dict[str, list[float]]) -> str:
-    lines = [f"| of all queries | {' | '.join(f'{q:.0%}' for q in tops['quantile'])} |"]
-    lines.append("| --- " * (len(tops["quantile"]) + 1) + "|")
-    for key, name in (("top 1", "the first token has at most"), ("top 2", "the first two have at most")):
-        lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in tops[key])} |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(f"{x:.2f}" for x in tops[key])]
+        for key, name in (("top 1", "the first token has at most"), ("top 2", "the first two have at most"))
+    ]
+    return lines(rows, ["of all queries", *(f"{q:.0%}" for q in tops["quantile"])])
 
 
 def plot(pooled: Pooled, path: Path) -> None:
@@ -119,17 +192,14 @@ def plot(pooled: Pooled, path: Path) -> None:
     for method, color in COLORS.items():
         if method not in pooled:
             continue
-        points = [(float(s), summary(rows)) for s, rows in pooled[method].items()]
-        x, y = ([numbers[key][0] for _, numbers in points] for key in ("prompt", "identity"))
+        points = [(float(s), scores) for s, scores in pooled[method].items()]
+        x, y = ([np.mean(scores[key]) for _, scores in points] for key in ("prompt", "identity"))
         axes.plot(x, y, "o-", color=color, label=NAMES[method])
         for (strength, _), a, b in zip(points, x, y, strict=True):
             axes.annotate(f"{strength:g}", (a, b), textcoords="offset points", xytext=(5, 4), fontsize=8, color=color)
-    for name, mark in (("none", "kx"), ("told", "k*")):
-        plain = summary(pooled[name]["1.0"])
-        axes.plot(plain["prompt"][0], plain["identity"][0], mark, label=NAMES[name])
-    axes.axhline(
-        summary(pooled["ceiling"]["1.0"])["identity"][0], color="#868e96", ls=":", label="judge on real pictures"
-    )
+    for name, mark in (("none", "kx"), ("told", "k*"), ("ceiling", "k+")):
+        plain = pooled[name]["1.0"]
+        axes.plot(np.mean(plain["prompt"]), np.mean(plain["identity"]), mark, label=NAMES[name])
     axes.set(xlabel="what the prompt asked for that is there", ylabel="identity attributes that are right")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.2)
@@ -148,32 +218,47 @@ the scores behind it lie in `studio/results/`.
 ## How it is measured
 
 - **Identity**: of hair or headgear, its color, skin, glasses and beard (of a pet: kind, fur, markings, their color
-  and eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often the right one of 50
-  fits best to what the judge sees. **Prompt**: of expression, clothes, their color and the background, the part that
-  is as asked.
+  and, where they are open, eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often
+  the right one of 50 fits best to what the judge sees; the others are those of 200 who are most alike. **Prompt**: of
+  expression, clothes, their color and the background (of a pet: mood, what it wears and the background), the part
+  that is as asked.
+- **Who**: {cases} people and pets who were in no training, and whom nobody drew while the model was made. They are new
+  combinations of known attributes, rarer ones than those trained on: those held out are the last that chance drew, so
+  71 % of the people wear glasses and 42 % a beard (of those trained on 53 and 37 %), which hide expressions.
 - The judge is a network of its own, trained for {judge} steps on rendered pictures of those who are trained on. What
-  it scores on rendered pictures of those held out ("real pictures") is the ceiling. "Told in words" is the base model
-  alone, with a prompt that names all that is scored: the most that words can do.
-- All ways were trained for {adapter} steps of 16 on the same pairs, after {start} steps of a warm start in which the
-  Q-Former learns to give for a photo the text states of a caption that tells all; the same one for each number of
-  tokens. The word's values are larger, and learn faster, in heads that give it less than 15 % of their attention
-  (`value_share`), with nested attention and the single token; decoupled attention passes through no word.
-- In brackets the 95 % interval of the mean (bootstrap over pictures).
+  it scores on **real pictures**, the very same ones doing just what the prompts ask, drawn by what drew the training's
+  pictures, is the ceiling: no model can score more. **Told in words** is the base model alone, with a prompt that names
+  all that is scored: the most that words can do.
+- All ways were trained for {adapter} steps of 16 on the same pairs with the same settings, which were chosen for nested
+  attention, after {start} steps of a warm start in which the Q-Former learns to give for a photo the text states of a
+  caption that tells all; the same one for each number of tokens. The word's values are larger, and learn faster, in
+  heads that give it less than 15 % of their attention (`value_share`), with nested attention and the single token;
+  decoupled attention passes through no word.
+- In brackets the 95 % interval of the mean (bootstrap over the cases; Wilson's for what was found). Differences are
+  taken case by case: the same person, prompt and noise.
 
 ## One person, against other ways
 
-*Nested attention* is this pack's node as it ships. *Decoupled cross-attention* is IP-Adapter's way: attention over
-the same Q-Former's tokens is added to the text's everywhere. *Single token* is one value for the word in each layer,
-the same at every place. {rows} pictures for each row, half of each of two seeds (of the training and of the
-pictures).
+*Nested attention* is this pack's node: 32 tokens, the image encoder's last layer, `norm` off, `value_share` 0.15.
+*Decoupled cross-attention* is IP-Adapter's way: attention over the same Q-Former's tokens is added to the text's
+everywhere. *Single token* is one value for the word in each layer, the same at every place. The first two were
+trained twice after one warm start, from two seeds; a case's score is the mean of the two.
 
 {people}
 
-By how much nested attention is above them, picture by picture:
-
-{apart}
-
 ![Identity against prompt over the strength](evidence.png)
+
+By how much nested attention is above the others:
+
+{people_apart}
+
+One by one, at strength 1, first who it is, then what the prompt asks for:
+
+{one_by_one}
+
+By the seed of the training, at strength 1; the adapter of seed 0 ships:
+
+{seeds}
 
 The first six people:
 
@@ -181,9 +266,11 @@ The first six people:
 
 ## One pet
 
-{cases} pictures for each row, like all that follows.
-
 {pets}
+
+{pets_apart}
+
+{one_by_one_pets}
 
 ## A person and a pet in one picture
 
@@ -192,35 +279,44 @@ competition between the subjects for each place, and a region for each (left, ri
 
 {pairs}
 
+{pairs_apart}
+
 ![Six pairs, drawn in all ways](pairs.png)
 
 ## Two people in one picture
 
 The same class twice: one adapter, one photo of each, and one prompt with a word of its own for each, as in
 `workflows/two_people.json`; with and without competition, and a region for each (left, right). Each of the two is
-scored apart, cut out of one of {pairs_of_people} pictures and enlarged to the size that the judge knows.
+scored apart, cut out of one of {pairs_of_people} pictures and enlarged to the size that the judge knows; a picture's
+score is the mean of the two.
 
 {two_people}
+
+{two_people_apart}
 
 ![Six pairs of people, drawn in all ways](two_people.png)
 
 ## Choices of training
 
-Each trained for {part} steps, drawn at strength 1.
+Each trained for {part} steps after the warm start, if not said otherwise, and drawn at strength 1.
 
 {training}
 
+{training_apart}
+
 ## Choices of drawing
 
-The person adapter as it ships.
+The person adapter that ships, at strength 1. *All places alike* sets the adapter's keys to zero: then every place sees
+the mean of all nested values, and nothing is looked up.
 
 {drawing}
 
-{photos}
+{drawing_apart}
 
 ![Six people, drawn with all choices](drawing.png)
 
-How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step:
+How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step, mean
+over heads:
 
 {concentration}
 

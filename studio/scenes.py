@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +26,18 @@ STANDS = {  # who can be in a scene: the least and the largest side of each, and
 }
 
 
+Box = tuple[int, int, int]
+"""Left, top and side of a square of the picture."""
+
+
 @dataclass(frozen=True)
 class Figure:
-    """Who stands in a scene, in which view, and the box [left, top, side] of the picture drawn there."""
+    """Who stands in a scene, in which view, and where the picture of that is drawn."""
 
     kind: str
     number: int
     view: int
-    box: tuple[int, int, int]
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,8 @@ class World:
     def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random, held_out: bool) -> Figure:
         members: Cast = self.casts[kind]
         number = rng.choice(members.held_out() if held_out else members.trained())
-        sizes, middles = STANDS[kinds]
-        side, middle = rng.randint(*sizes[position]), middles[position]
-        left = middle - side // 2 + rng.randint(-5, 5)
-        return Figure(kind, number, rng.randrange(VIEWS), (left, SIDE - side, side))
+        box = stand(kinds, position, rng)
+        return Figure(kind, number, rng.randrange(VIEWS), box)
 
     def words(self, rng: Random) -> str:
         """A caption without its picture."""
@@ -81,10 +83,12 @@ class World:
         return self.caption(self.figures(kinds, rng), self.place(rng), rng, 0.9)
 
     def draw(self, place: str, figures: tuple[Figure, ...], rng: Random) -> np.ndarray:
+        return self.compose(place, [(self.cutout(figure), figure.box) for figure in figures], rng)
+
+    def compose(self, place: str, cutouts: Iterable[tuple[Image.Image, Box]], rng: Random) -> np.ndarray:
         canvas = Image.fromarray(np.array(rng.choice(self.backgrounds[place])))
-        for figure in figures:
-            left, top, side = figure.box
-            picture = self.cutout(figure).resize((side, side), Image.Resampling.LANCZOS)
+        for cutout, (left, top, side) in cutouts:
+            picture = cutout.resize((side, side), Image.Resampling.LANCZOS)
             canvas.paste(picture, (left, top), picture)
         return np.asarray(canvas)
 
@@ -112,6 +116,12 @@ class World:
     def phrase(self, figure: Figure, rng: Random, told: float) -> str:
         identity, view = self.attributes(figure)
         return (person_phrase if figure.kind == "people" else pet_phrase)(identity, view, rng, told)
+
+
+def stand(kinds: tuple[str, ...], position: int, rng: Random) -> Box:
+    sizes, middles = STANDS[kinds]
+    side, middle = rng.randint(*sizes[position]), middles[position]
+    return middle - side // 2 + rng.randint(-5, 5), SIDE - side, side
 
 
 def small(picture: np.ndarray) -> np.ndarray:
@@ -148,13 +158,3 @@ def with_noun(words: list[str], noun: str, rng: Random) -> str:
 def as_pixels(pictures: list[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] each to 0..1 [B, 3, H, W]."""
     return rearrange(torch.from_numpy(np.stack(pictures)).float() / 255, "b h w c -> b c h w")
-
-
-def sheet(pictures: list[Any], columns: int) -> Image.Image:
-    """Pictures of one size in rows."""
-    images = [p if isinstance(p, Image.Image) else Image.fromarray(p) for p in pictures]
-    width, height = images[0].size
-    out = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images):
-        out.paste(image.convert("RGB"), (i % columns * width, i // columns * height))
-    return out

@@ -44,8 +44,9 @@ def world(tmp_path_factory):
         patch.setattr(pictures, "HELD_OUT", 4)
         patch.setattr(pictures, "PLACES", 2)
         patch.setattr(evidence, "CANDIDATES", 3)
+        patch.setattr(evidence, "DRAWN_BEFORE", 0)
         patch.setattr(evidence, "STEPS", 2)
-        patch.setattr(evidence, "STRENGTHS", (1.0, 1.5))
+        patch.setattr(compare, "STRENGTHS", (1.0, 1.5))
         patch.setattr(compare, "SHOWN", 1)
         yield scenes.World(tmp_path_factory.mktemp("pictures"))
 
@@ -217,16 +218,22 @@ def test_evidence_from_a_few_steps(world, work, weights):
     seer = judge.train_judge(world, work, 2)
     assert not seer.training  # its dropout would blur every score
     comparison = compare.Comparison(world, base, seer, work, work, 2)
-    comparison.score("scores", 0, methods, ("people",), (1.0,))
-    found = json.loads((work / "scores-seed-0.json").read_text())
+    comparison.score("scores", methods, ("people",), (1.0,))
+    found = json.loads((work / "scores-seed-0.json").read_text())["scores"]
     assert found.keys() == {"ceiling", *methods}
-    assert all(0 <= row[key] <= 1 for rows in found["nested"].values() for row in rows for key in row)
-    comparison.score("scores", 0, {"nested": lambda *_: pytest.fail("drawn twice")}, ("people",), (1.0,))
+    assert all(0 <= value <= 1 for values in found["nested"]["1.0"].values() for value in values)
+    assert all(len(values) == 2 for values in found["nested"]["1.0"].values())
+    comparison.score("scores", {"nested": lambda *_: pytest.fail("drawn twice")}, ("people",), (1.0,))
+    drawn = []
+    again = {"none": lambda *given: drawn.append(given) or evidence.nobody(*given)}
+    replace(comparison, count=1).score("scores", again, ("people",), (1.0,))
+    found = json.loads((work / "scores-seed-0.json").read_text())["scores"]
+    assert len(drawn) == 1 and found.keys() == {"none", "ceiling"}  # of other cases all is done anew
 
 
 def test_methods_change_the_picture_and_no_strength_does_not(world, work, weights):
     base = load_studio(weights[1])
-    [case] = evidence.cases(world, 1, 0)
+    [case] = evidence.cases(world, 1)
     plain = evidence.draw(base, evidence.nobody, case)
     for name, method in (("person", evidence.nested), ("decoupled", evidence.decoupled)):
         made = method(work / "adapters" / name / "adapter.safetensors")
@@ -237,11 +244,12 @@ def test_methods_change_the_picture_and_no_strength_does_not(world, work, weight
 def test_two_subjects_are_drawn_and_scored(world, work, weights):
     base = load_studio(weights[1])
     files = [adapters.train_adapter(world, base, kind, work, 2, 2, batch=2) for kind in adapters.CLASSES]
-    [case] = evidence.cases(world, 1, 0, kinds=("people", "animals"), photos=2)
+    [case] = evidence.cases(world, 1, kinds=("people", "animals"), photos=2)
     assert "<person>" in case.prompt and "<pet>" in case.prompt
     method = evidence.nested(*files, choices={"animals": {"competition": 2.0}})
-    [row] = evidence.score(world, judge.Judge(), [case], evidence.draw(base, method, case)[None])
-    assert row["identity"] == pytest.approx((row["identity of people"] + row["identity of animals"]) / 2)
+    row = evidence.score(world, judge.Judge(), [case], evidence.draw(base, method, case)[None])
+    [person], [pet] = (row[f"identity of {kind}"] for kind in ("people", "animals"))
+    assert row["identity"] == pytest.approx([(person + pet) / 2])
 
 
 def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
@@ -257,21 +265,31 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
     comparison = compare.Comparison(world, base, judge.Judge().eval(), tmp_path, docs, 1)
-    comparison.people(0, ways)
+    for seed in (0, 1):
+        comparison.people(seed, ways if seed == 0 else {way: ways[way] for way in ("person", "decoupled")})
     comparison.pets(files["animals"])
     comparison.pairs(files["people"], files["animals"])
     replace(comparison, count=4).two_people(files["people"])
-    comparison.training({"8 tokens": files["people"]})
-    comparison.drawing(files["people"])
-    tops = inside.inside(base, files["people"], evidence.cases(world, 1, 0), docs / "inside.png")
+    pairs = len(evidence.pairs_of(evidence.cases(world, 4)))
+    comparison.training(dict.fromkeys(("as it ships", "8 tokens"), files["people"]))
+    comparison.drawing(files["people"], evidence.unlike_nested(files["people"], tmp_path / "alike.safetensors"))
+    tops = inside.inside(base, files["people"], evidence.cases(world, 1), docs / "inside.png")
     assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
     (tmp_path / "concentration.json").write_text(json.dumps(tops))
     (tmp_path / "findings.md").write_text("What comes out.")
     readme = tmp_path / "README.md"
     readme.write_text(f"Before.\n{report.BEGIN} stale {report.END}\nAfter.")
     page = report.report(tmp_path, docs, dict.fromkeys(("judge", "adapter", "start"), 100), 0.25).read_text()
-    assert all(row in page for row in ("| decoupled cross-attention | 1.5 |", "| both |", "| three photos | 1.0 |"))
-    assert "What comes out." in page and "for 25 steps" in page and "out of one of 2 pictures" in page
+    assert all(
+        row in page
+        for row in (
+            "| decoupled cross-attention | 1.5 |",
+            "| both |",
+            "| 8 tokens | 1.0 | as it ships |",
+            "| three photos | 1.0 |",
+        )
+    )
+    assert "What comes out." in page and "for 25 steps" in page and f"out of one of {pairs} pictures" in page
     short = readme.read_text()
     assert short.startswith("Before.") and short.endswith("After.") and "stale" not in short
     assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
