@@ -7,7 +7,7 @@ import torch
 from reference import nested_attention
 
 from nested_attention import attention
-from nested_attention.attention import NestedToken, personalize, text_attention
+from nested_attention.attention import NestedToken, personalize, subject_probabilities, text_attention
 
 B, H, N, T, M, D = 2, 3, 5, 7, 6, 8
 
@@ -225,3 +225,10 @@ def test_huge_logits_stay_finite():
     q, k, v, subjects = problem(torch.float32)
     for tokens in ([token(subjects[0], weight=8.0)], rivals(subjects, 10.0), rivals(subjects, 10.0, region=REGION)):
         assert fast(q * 60, k * 60, v, [tokens] * B).isfinite().all()
+
+
+def test_chunks_of_the_softmax_are_the_whole():
+    q, k = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
+    tokens = [NestedToken((1, 2), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))]
+    whole = subject_probabilities(q, k, tokens)
+    torch.testing.assert_close(subject_probabilities(q, k, tokens, chunk=2), whole)

@@ -94,12 +94,21 @@ def test_sites_are_where_the_host_looks(applied, sites, base_model):
     ],
 )
 def test_adapter_for_another_model(tmp_path, base_model, base_clip, sites, layers, message):
+    """Of another number of layers, or of other widths."""
     layers = layers or (33, *(site.inner for site in sites[1:]))
     path = make_adapter(tmp_path / "other.safetensors", sites, layers=layers)
     adapter = load_adapter(str(path), path.name)
     with pytest.raises(ValueError, match=message) as error:
         apply_subject(base_model, base_clip, make_subject(adapter), placeholder="<person>")
     assert "'other.safetensors' was made for an unknown base model" in str(error.value)
+
+
+def test_adapter_for_another_text_width(tmp_path, base_model, base_clip, sites):
+    """As SD 1.5's and SD 2's are, whose layers are otherwise alike."""
+    path = make_adapter(tmp_path / "other.safetensors", sites, output_dim=104)
+    adapter = load_adapter(str(path), path.name)
+    with pytest.raises(ValueError, match="it projects from 104 to 32, the model there from 96 to 32"):
+        apply_subject(base_model, base_clip, make_subject(adapter), placeholder="<person>")
 
 
 @pytest.mark.parametrize("name", ["page.safetensors", "page.bin"])

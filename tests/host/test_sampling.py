@@ -276,6 +276,16 @@ def test_range_of_steps(base_model, base_clip, sites, person):
     )
 
 
+def test_range_of_the_last_steps(base_model, base_clip, sites, person):
+    """From 50 to 100 percent: the other way round."""
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", start_percent=0.5)
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    first, latter = SIGMAS[:2], SIGMAS[1:]
+    close(run(guide(model, positive, negative), sigmas=first), run(guide(base_model, positive, negative), sigmas=first))
+    expected = expected_model(base_model, sites, [(text_of(positive), [Stands(person, (2,))])])
+    close(run(guide(model, positive, negative), sigmas=latter), run(guide(expected, positive, negative), sigmas=latter))
+
+
 def half(height, width, side):
     mask = torch.zeros(height, width)
     mask[:, : width // 2] = 1

@@ -376,6 +376,25 @@ def test_odd_exif_is_a_broken_picture_at_most(tmp_path, exif):
             print(error)
 
 
+def test_what_is_held_out_is_not_trained_on(folder):
+    config = settings(folder, holdout=1)
+    entries = read_dataset(config, Troubles("stop"))
+    trained, held = split(entries, config)
+    assert len(held) == 1 and held[0] not in trained and {*trained, *held} == {*entries}
+
+
+def test_dropped_subjects_are_nobody(base, folder):
+    objective, _, samples = objective_of(base, settings(folder))
+    nobody = [replace(sample, subject=False) for sample in samples]
+    assert objective.features(samples).any() and not objective.features(nobody).any()
+
+
+def test_latents_are_at_the_scale_of_sampling(base, folder):
+    objective, _, [sample, *_] = objective_of(base, settings(folder))
+    encoded = base.vae.encode(sample.picture[..., :3])
+    assert torch.equal(objective.latent(sample).cpu(), base.model.model.process_latent_in(encoded).cpu())
+
+
 def test_a_box_in_the_last_half_pixel():
     assert cut(torch.rand(1, 40, 100, 3), (99.6, 39.7, 100, 40)).shape == (1, 1, 1, 3)
 
