@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapter import AdapterConfig
 
 METADATA_KEY = "nested_attention"
-DEPTH = 32  # of names: what is deeper holds itself
+NESTING = 32  # of dicts in dicts: what goes deeper holds itself
 DIM_HEAD = 64  # of every published resampler; the shapes alone do not tell it
 
 KEY_OR_VALUE = re.compile(r"(?:^|_)(k|v)(?:_|$)")
@@ -67,7 +67,7 @@ def flatten(state: Mapping[str, Any], prefix: str = ""):
     """Name and tensor of each entry of a state dict, nested or flat; anything but tensors is refused."""
     for name, value in state.items():
         path = f"{prefix}{name}"
-        if isinstance(value, Mapping) and path.count(".") < DEPTH:
+        if isinstance(value, Mapping) and path.count(".") < NESTING:
             yield from flatten(value, f"{path}.")
         elif isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
             yield path, value

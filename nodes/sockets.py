@@ -16,7 +16,7 @@ ADAPTERS = "nested_attention"
 SUBJECTS = "nested_attention_subjects"
 RUNS = "nested_attention"  # of the output folder: what trainings write
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "weights", "adapters")  # those of the small model
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows, for devices
 FILES = {ADAPTERS: {".safetensors", ".sft", ".bin", ".pt", ".pth"}, SUBJECTS: {".safetensors"}}
 
 

@@ -166,7 +166,7 @@ def evidence(given: argparse.Namespace) -> None:
     from nested_attention.host.studio import load_studio
 
     from .compare import PEOPLE, Comparison
-    from .evidence import cases, unlike_nested
+    from .evidence import cases, without_lookup
     from .inside import inside
     from .report import report
 
@@ -180,7 +180,7 @@ def evidence(given: argparse.Namespace) -> None:
     compare.pairs(person, pet)
     compare.two_people(person)
     compare.training(ablations(given))
-    compare.drawing(person, unlike_nested(person, given.work / "adapters" / "alike" / person.name))
+    compare.drawing(person, without_lookup(person, given.work / "adapters" / "alike" / person.name))
     tops = inside(compare.base, person, cases(compare.world, 8, PEOPLE), docs / "inside.png")
     (results / "concentration.json").write_text(json.dumps(tops))
     print(report(results, docs, {name: steps(given, name) for name in STEPS}, PART))

@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 
 from nested_attention import files
-from nested_attention.files import write_atomically
 from nested_attention.host.adapters import load_adapter, subject_of
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import Base
@@ -256,7 +255,7 @@ def as_asked(world: World, groups: Sequence[Sequence[Case]]) -> Tensor:
     return as_pixels(drawn)
 
 
-def unlike_nested(path: Path, out: Path) -> Path:
+def without_lookup(path: Path, out: Path) -> Path:
     """The adapter with keys of zero: every place sees the mean of all nested values, so that nothing is looked up."""
     adapter = files.load_adapter(path)
     for layer in adapter.layers:
@@ -295,7 +294,7 @@ def run(
             if str(strength) in found["scores"].setdefault(name, {}):
                 continue
             found["scores"][name][str(strength)] = scores = scores_at(strength)
-            write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
+            files.write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
             print(name, strength, {key: round(float(np.mean(scores[key])), 3) for key in MAIN}, flush=True)
 
 

@@ -44,7 +44,7 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
     """
     names = ("people", "pairs", "two-people", "pets", "training", "drawing")
     seeds = {name: [read(path) for path in sorted(results.glob(f"{name}-seed-*.json"))] for name in names}
-    found = {name: pool(by_seed) for name, by_seed in seeds.items()}
+    found = {name: pool(runs) for name, runs in seeds.items()}
     plot(found["people"], docs / "evidence.png")
     tables = {name: table(found[name], EACH if name == "pairs" else SCORES) for name in names}
     plain = ["none", "told", "ceiling"]

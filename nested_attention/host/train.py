@@ -70,18 +70,18 @@ def train(
             finished = trainer.run(stop, interrupts=(InterruptProcessingException,))
         except InterruptProcessingException:
             if trainer.step:
-                write_adapter(config, trainer)
+                write_adapter(trainer)
             raise
     if world()[0] == 0:
-        path = write_adapter(config, trainer)
+        path = write_adapter(trainer)
         log.info("The adapter of step %d: %s. Put it into ComfyUI's models/nested_attention.", trainer.step, path)
     return finished
 
 
-def write_adapter(config: TrainingConfig, trainer: Trainer) -> Path:
+def write_adapter(trainer: Trainer) -> Path:
     """The averaged adapter as a file of the output folder, with the record of its making."""
-    path = Path(config.output) / ADAPTER
-    save_adapter(folded(trainer.average), path, notes={"training": record(config, trainer)})
+    path = Path(trainer.config.output) / ADAPTER
+    save_adapter(folded(trainer.average), path, notes={"training": record(trainer)})
     return path
 
 
@@ -133,9 +133,9 @@ def fixed_samples(entries: list[Entry], config: TrainingConfig, troubles: Troubl
                 reader.give_up(i, error)
 
 
-def record(config: TrainingConfig, trainer: Trainer) -> str:
+def record(trainer: Trainer) -> str:
     """What an adapter file tells of its making."""
     shape = trainer.adapter.config
     facts = {"base_model": describe(shape.layers, shape.output_dim), "steps": trainer.step}
     facts |= {"entries": len(trainer.reader.entries), "skipped": trainer.troubles.count}
-    return json.dumps({**facts, "processes": trainer.processes, "settings": config.record()})
+    return json.dumps({**facts, "processes": trainer.processes, "settings": trainer.config.record()})

@@ -262,7 +262,7 @@ class Trainer:
                 f"The training in {self.checkpoint.parent} began from {began or 'a fresh adapter'}, not from {start}. "
                 "Choose another output folder (of the node: name) to begin from it."
             )
-        self.config = replace(self.config, start_from=began)
+        self.config = replace(self.config, start_from=began)  # which its record goes on to tell
         different = changed(state["settings"], self.config)
         if state["entries"] != self.reader.fingerprint:
             different.append("other entries in the data")

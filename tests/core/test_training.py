@@ -122,7 +122,8 @@ def test_a_start_that_would_be_left_out_is_refused(tmp_path):
     """A run goes on from its checkpoint, wherever it was to begin."""
     make_trainer(settings(tmp_path, steps=4, start_from="old/a.safetensors")).run()
     for start in ("", "new/a.safetensors"):
-        make_trainer(settings(tmp_path, steps=5, start_from=start)).run()
+        again = make_trainer(settings(tmp_path, steps=5, start_from=start))
+        assert again.run() and again.config.record()["start_from"] == "a.safetensors"
     with pytest.raises(TrainingError, match="began from a.safetensors, not from b.safetensors"):
         make_trainer(settings(tmp_path, steps=6, start_from="b.safetensors")).run()
 

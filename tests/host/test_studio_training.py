@@ -272,7 +272,7 @@ def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
     replace(comparison, count=4).two_people(files["people"])
     pairs = len(evidence.pairs_of(evidence.cases(world, 4)))
     comparison.training(dict.fromkeys(("as it ships", "8 tokens"), files["people"]))
-    comparison.drawing(files["people"], evidence.unlike_nested(files["people"], tmp_path / "alike.safetensors"))
+    comparison.drawing(files["people"], evidence.without_lookup(files["people"], tmp_path / "alike.safetensors"))
     tops = inside.inside(base, files["people"], evidence.cases(world, 1), docs / "inside.png")
     assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
     (tmp_path / "concentration.json").write_text(json.dumps(tops))

@@ -515,6 +515,7 @@ def test_the_command(base, folder, tmp_path, monkeypatch):
     command.main()
     files = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.*")}
     assert {"adapter.safetensors", "checkpoint.pt", "loss.png", "loss.jsonl", "validation/0000002.png"} <= files
+    assert Image.open(tmp_path / "a/validation/0000002.png").width > 32
     _, *drawn = np.split(np.asarray(Image.open(tmp_path / "a/validation/0000002.png")), 3, axis=1)
     assert np.array_equal(*drawn) and drawn[0].std() > 0  # the class word and the placeholder are the same subject
     last = json.loads((tmp_path / "a/loss.jsonl").read_text().splitlines()[-1])
