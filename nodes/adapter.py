@@ -1,13 +1,13 @@
-"""Load an adapter."""
+"""Load an adapter, and save one."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..nested_attention.adapter import FEATURE_LAYERS
 from ..nested_attention.attention import NORMS
-from ..nested_attention.host.adapters import load_adapter
-from .sockets import ADAPTERS, CATEGORY, Adapter, choices, full_path, modified
+from ..nested_attention.host.adapters import load_adapter, save_adapter
+from .sockets import ADAPTERS, CATEGORY, Adapter, choices, full_path, modified, new_file
 
 OWN = "adapter's own"
 
@@ -61,4 +61,30 @@ class LoadAdapter(io.ComfyNode):
         return io.NodeOutput(adapter)
 
 
-NODES = [LoadAdapter]
+class SaveAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NestedAttentionSaveAdapter",
+            display_name="Save Nested Adapter",
+            category=CATEGORY,
+            description="Saves an adapter to models/nested_attention, where Load Nested Adapter finds it.",
+            inputs=[
+                Adapter.Input("adapter", tooltip="The adapter to save, from Train Nested Adapter or a loader."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="adapter",
+                    tooltip="Name of the file; a number is added, nothing is ever overwritten. A / makes subfolders.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, adapter, filename_prefix: str) -> io.NodeOutput:
+        path, shown = new_file(ADAPTERS, filename_prefix)
+        save_adapter(adapter, path)
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {shown}"))
+
+
+NODES = [LoadAdapter, SaveAdapter]

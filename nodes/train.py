@@ -1,4 +1,4 @@
-"""Train an adapter on the canvas, and save it."""
+"""Train an adapter on the canvas."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from comfy_api.latest import io, ui
 
 from ..nested_attention.adapter import FEATURE_LAYERS
 from ..nested_attention.attention import NORMS
-from ..nested_attention.host.adapters import save_adapter
 from ..nested_attention.host.base import Base
 from ..nested_attention.host.graph_training import store_pictures, train_in_graph, trained
 from ..nested_attention.training.config import CACHES, TrainingConfig
-from .sockets import ADAPTERS, CATEGORY, RUNS, Adapter, check_file_name, new_file
+from .sockets import CATEGORY, RUNS, Adapter, check_file_name
 
 
 class Train(io.ComfyNode):
@@ -325,30 +324,4 @@ def lines_for(images, captions: str, word: str) -> list[str]:
     return lines * len(images) if len(lines) == 1 else lines
 
 
-class SaveAdapter(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="NestedAttentionSaveAdapter",
-            display_name="Save Nested Adapter",
-            category=CATEGORY,
-            description="Saves an adapter to models/nested_attention, where Load Nested Adapter finds it.",
-            inputs=[
-                Adapter.Input("adapter", tooltip="The adapter to save, from Train Nested Adapter or a loader."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="adapter",
-                    tooltip="Name of the file; a number is added, nothing is ever overwritten. A / makes subfolders.",
-                ),
-            ],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, adapter, filename_prefix: str) -> io.NodeOutput:
-        path, shown = new_file(ADAPTERS, filename_prefix)
-        save_adapter(adapter, path)
-        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {shown}"))
-
-
-NODES = [Train, SaveAdapter]
+NODES = [Train]
