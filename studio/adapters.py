@@ -9,8 +9,8 @@ from random import Random
 from PIL import Image
 
 from nested_attention.host.base import Base
+from nested_attention.host.objective import DiffusionObjective
 from nested_attention.host.train import ADAPTER, train
-from nested_attention.host.training import DiffusionObjective
 from nested_attention.training.config import TrainingConfig
 
 from .animals import KINDS

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nested_attention.files import write_atomically
-from nested_attention.training.processes import world
+from nested_attention.training.processes import rank_and_size
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def half(device: torch.device, enabled: bool = True) -> torch.autocast:
 
 def share(batch: int) -> int:
     """How many samples of a step's batch are this process's."""
-    return batch // world()[1]
+    return batch // rank_and_size()[1]
 
 
 Batch = dict[str, Tensor]
@@ -106,7 +106,7 @@ def train(
     folder      of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rank, processes = world()
+    rank, processes = rank_and_size()
     device = get_torch_device()
     module.to(device)
     mean = copy.deepcopy(module).requires_grad_(False)

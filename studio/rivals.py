@@ -17,7 +17,7 @@ from torch import Tensor
 from nested_attention.adapter import NestedAdapter
 from nested_attention.attention import merge_heads, split_heads
 from nested_attention.host.layers import Site, cross_attention_sites
-from nested_attention.host.training import Batch, DiffusionObjective
+from nested_attention.host.objective import Batch, DiffusionObjective
 from nested_attention.training.trainer import Pairs
 
 

@@ -71,7 +71,7 @@ def leave_inference_mode(root: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
 
 
-def identity(base: Base) -> str:
+def encoders_fingerprint(base: Base) -> str:
     """Tells apart the models, and what was done to them, that make latents and text states."""
     comfy.model_management.load_models_gpu([base.clip.patcher])  # so that what patches it is in the weights
     clip, vae = base.clip, getattr(base.vae, "first_stage_model", None)

@@ -147,7 +147,7 @@ class SubjectTextEncoder:
         plain = {name: [[unweighted(t) for t in section] for section in s] for name, s in tokens.items()}
         states, pooled, *extra = self.encode(plain)
         lengths = {len(section) for s in tokens.values() for section in s}
-        sections = record(states, places, max(lengths))
+        sections = sections_of(states, places, max(lengths))
         self.ledger.add(sections)
         return states, pooled, {**(extra[0] if extra else {}), KEY: sections}
 
@@ -200,7 +200,7 @@ def agreed_places(places: dict[str, dict[Place, float]]) -> dict[Place, float]:
     return {place: weight for found in places.values() for place, weight in found.items()}
 
 
-def record(states: Tensor, places: dict[Place, float], length: int) -> list[Section]:
+def sections_of(states: Tensor, places: dict[Place, float], length: int) -> list[Section]:
     """Sections of encoded text [1, T, C] with their marks. Raises ValueError where it was cut before a subject."""
     for i, column, placeholder in places:
         if i * length + column >= states.shape[1]:

@@ -21,11 +21,11 @@ from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
 from ..training.data import BROKEN, Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
 from ..training.gain import folded
-from ..training.processes import world
+from ..training.processes import rank_and_size
 from ..training.trainer import Trainer
 from .base import DTYPES, Base, checkpointed, fresh_adapter
 from .layers import check_fit, cross_attention_sites
-from .training import DiffusionObjective
+from .objective import DiffusionObjective
 from .validation import Validation
 
 log = logging.getLogger("nested_attention")
@@ -60,10 +60,10 @@ def train(
     unet = base.model.model.diffusion_model
     with base.frozen(), checkpointed(unet) if config.gradient_checkpointing else nullcontext():
         loss = objective(base, adapter, config, troubles)
-        reader = Reader(entries, config, troubles, world()[1])
+        reader = Reader(entries, config, troubles, rank_and_size()[1])
         if config.value_share:
             loss.enlarge_values([reader(row) for row in reader.plan.rows(0)[: config.batch]])
-        validate = make_validation(config, loss, entries, kept_apart, troubles) if world()[0] == 0 else None
+        validate = make_validation(config, loss, entries, kept_apart, troubles) if rank_and_size()[0] == 0 else None
         told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
         trainer = Trainer(config, adapter, loss, reader, troubles, **told)
         try:
@@ -72,7 +72,7 @@ def train(
             if trainer.step:
                 write_adapter(trainer)
             raise
-    if world()[0] == 0:
+    if rank_and_size()[0] == 0:
         path = write_adapter(trainer)
         log.info("The adapter of step %d: %s. Put it into ComfyUI's models/nested_attention.", trainer.step, path)
     return finished

@@ -20,7 +20,7 @@ from ..training.trainer import Projector
 from .adapters import LoadedAdapter, subject_of
 from .apply import apply_subject
 from .images import as_rgb
-from .training import DiffusionObjective
+from .objective import DiffusionObjective
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 5.0, "euler", "normal"
 

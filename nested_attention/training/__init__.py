@@ -1,4 +1,4 @@
 """Training of adapters: `python -m nested_attention.training --config FILE`.
 
-The modules here know no ComfyUI; `nested_attention.host.training` brings the base model to them.
+The modules here know no ComfyUI; `nested_attention.host` brings the base model to them.
 """

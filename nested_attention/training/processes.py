@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 
-def world() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """This process's number among how many."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -38,7 +38,7 @@ def joined(backend: str | None = None) -> Iterator[None]:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first one validates
-    logging.getLogger().setLevel(logging.INFO if world()[0] == 0 else logging.WARNING)
+    logging.getLogger().setLevel(logging.INFO if rank_and_size()[0] == 0 else logging.WARNING)
     yield
     # Not after an error: that would wait for processes which wait for this one. torchrun ends them once it is gone.
     gc.collect()

@@ -28,7 +28,7 @@ from ..adapter import NestedAdapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, TrainingError, changed
 from .data import BrokenEntry, Reader, Sample, Troubles
-from .processes import world
+from .processes import rank_and_size
 from .progress import Progress
 
 log = logging.getLogger("nested_attention")
@@ -75,7 +75,7 @@ class Trainer:
     ):
         self.config, self.objective, self.reader, self.troubles = config, objective, reader, troubles
         self.validate, self.watch = validate, watch
-        self.rank, self.processes = world()
+        self.rank, self.processes = rank_and_size()
         self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
         self.device = self.parameters[0].device

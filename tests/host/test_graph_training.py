@@ -18,8 +18,8 @@ from nested_attention.host.adapters import load_adapter as load_in_host
 from nested_attention.host.adapters import save_adapter
 from nested_attention.host.graph_training import store_pictures, train_in_graph, trained
 from nested_attention.host.layers import cross_attention_sites
+from nested_attention.host.objective import DiffusionObjective
 from nested_attention.host.train import ADAPTER
-from nested_attention.host.training import DiffusionObjective
 from nested_attention.training.checkpoint import load_checkpoint
 from nested_attention.training.data import Troubles, read_dataset
 from nested_attention.training.pictures import read_picture

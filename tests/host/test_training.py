@@ -26,8 +26,8 @@ from nested_attention.host.adapters import load_adapter as load_in_host
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import DTYPES, attention_at, checkpointed, fresh_adapter
 from nested_attention.host.layers import cross_attention_sites
+from nested_attention.host.objective import DiffusionObjective, told_sizes
 from nested_attention.host.train import make_adapter, split, train
-from nested_attention.host.training import DiffusionObjective, told_sizes
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
 from nested_attention.training.config import TrainingError, from_arguments

@@ -15,7 +15,7 @@ from nested_attention.adapter import AdapterConfig, NestedAdapter
 from nested_attention.attention import NestedToken, personalize, split_heads, text_attention
 from nested_attention.training.config import TrainingConfig
 from nested_attention.training.data import Entry, Plan, Sample, Troubles
-from nested_attention.training.processes import joined, world
+from nested_attention.training.processes import joined, rank_and_size
 from nested_attention.training.trainer import Trainer
 
 SHAPE = {"image_dim": 8, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "queries": 4, "output_dim": 8}
@@ -34,7 +34,7 @@ class ToyReader:
 
     def __init__(self, config: TrainingConfig, count: int = 5):
         self.entries = [Entry(Path(f"{i}.png"), "<person>", (64, 64 + 32 * (i % 2))) for i in range(count)]
-        self.plan = Plan(self.entries, config, world()[1])
+        self.plan = Plan(self.entries, config, rank_and_size()[1])
 
     fingerprint = "toy"
 

@@ -26,7 +26,7 @@ from ..training.loss import diffusion_loss, loss_weight, snr_of
 from ..training.pictures import covering
 from ..training.trainer import Pairs, Project, Projector
 from . import KEY
-from .base import DTYPES, Base, identity
+from .base import DTYPES, Base, encoders_fingerprint
 from .images import as_rgb, features, fit
 from .layers import Site, cross_attention_sites
 from .marks import Placement
@@ -108,7 +108,7 @@ class DiffusionObjective:
         if base.model.model_options["transformer_options"].get("patches_replace", {}).get("attn2"):
             raise TrainingError("Another node replaces the model's cross-attention. Train on the model without it.")
         # Only files outlive the models, and telling these apart takes a look at all of their weights.
-        self.identity = identity(base) if config.cache == "disk" else ""
+        self.identity = encoders_fingerprint(base) if config.cache == "disk" else ""
 
     def __call__(self, project: Project, samples: Sequence[Sample]) -> Tensor:
         batch = self.prepare(samples)
