@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .attention import NORMS, Norm
 from .resampler import Resampler
 
 FeatureLayer = Literal["last", "penultimate"]
-FEATURE_LAYERS: tuple[FeatureLayer, ...] = ("last", "penultimate")
+FEATURE_LAYERS: tuple[FeatureLayer, ...] = get_args(FeatureLayer)
 
 
 @dataclass(frozen=True, kw_only=True)

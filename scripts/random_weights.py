@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+from nested_attention.files import write_atomically
 
 BYTES_PER_VALUE = 2  # fp16
 NORM_SPREAD = 0.05
@@ -54,13 +55,13 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: str) -> torch.Tensor:
 
 def write_random(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file of random fp16 weights; the path exists only once the file is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+
+    def write(file: BinaryIO) -> None:
         _write_header(file, shapes, metadata or {})
         for name, shape in shapes.items():
             file.write(random_tensor(name, shape, path.stem).numpy().data)
-    os.replace(partial, path)
+
+    write_atomically(path, write)
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

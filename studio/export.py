@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nested_attention.files import write_tensors
 from nested_attention.host.studio import EMBEDDING, FILE
 
 from .words import UNKNOWN, Words
@@ -32,10 +32,9 @@ def export(painter: nn.Module, namer: nn.Module, words: Words, weights: Path, no
         "words": {"ids": torch.tensor(words.ids), "unknown": table[UNKNOWN]},
     }
     tensors = {
-        f"{part}.{name}": (value.half() if value.is_floating_point() else value).contiguous()
+        f"{part}.{name}": value.half() if value.is_floating_point() else value
         for part, state in parts.items()
         for name, value in state.items()
     }
-    weights.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, weights / FILE, {"license": LICENSE, "training": json.dumps(notes)})
+    write_tensors(weights / FILE, tensors, {"license": LICENSE, "training": json.dumps(notes)})
     return weights / FILE

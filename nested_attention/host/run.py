@@ -113,7 +113,7 @@ class Personalization:
         numbers = {subject.placeholder: i for i, subject in enumerate(subjects)}
         if not present & numbers.keys():
             return False
-        regions = region_masks(subjects, noise.shape[-2:])
+        regions = region_masks(subjects, noise)
         for kind, entries in guider.conds.items():
             guider.conds[kind] = [
                 with_places(entry, place_tensor(entry, rows, numbers), regions)
@@ -122,28 +122,41 @@ class Personalization:
         return True
 
 
-def region_masks(subjects: list[AppliedSubject], size: tuple[int, int]) -> Tensor | None:
+def region_masks(subjects: list[AppliedSubject], noise: Tensor) -> Tensor | None:
     """[B, S, h, w] at the latent's size, or None where no subject has a region; B is 1, or as many as masks came."""
     if all(subject.region is None for subject in subjects):
         return None
+    size = noise.shape[-2:]
     for subject in subjects:
-        if subject.region is not None and differ_in_aspect(subject.region.shape, size):
-            warn(
-                f"The region of {subject.placeholder} is of another shape than the picture that is sampled, and is "
-                "stretched over it. Paint it on a picture of the same shape; for parts of a picture (face detailers, "
-                "upscalers by tiles), use an Apply Subject without region.",
-                subject.node_id,
-            )
-        if subject.region is not None and not subject.region.any():
-            warn(
-                f"The region of {subject.placeholder} is empty, so its subject shows nowhere. Paint one, or leave "
-                "region unconnected.",
-                subject.node_id,
-            )
+        if subject.region is not None:
+            check_region(subject, subject.region.reshape(-1, *subject.region.shape[-2:]), len(noise), size)
     masks = [torch.ones(1, *size) if s.region is None else s.region.cpu().float().clamp(0, 1) for s in subjects]
     fitted = [F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size, mode="area") for mask in masks]
     count = max(map(len, fitted))
     return torch.cat([comfy.utils.repeat_to_batch_size(mask, count) for mask in fitted], dim=1)
+
+
+def check_region(subject: AppliedSubject, masks: Tensor, pictures: int, size: tuple[int, int]) -> None:
+    """Say what is odd about a subject's masks [M, H, W] for so many latents of this size."""
+    if differ_in_aspect(masks.shape, size):
+        warn(
+            f"The region of {subject.placeholder} is of another shape than the picture that is sampled, and is "
+            "stretched over it. Paint it on a picture of the same shape; for parts of a picture (face detailers, "
+            "upscalers by tiles), use an Apply Subject without region.",
+            subject.node_id,
+        )
+    if len(masks) not in (1, pictures):
+        warn(
+            f"The region of {subject.placeholder} is {len(masks)} masks for {pictures} pictures: they are used in "
+            "turn, from the first on. Connect one, or one for each.",
+            subject.node_id,
+        )
+    if not masks.any():
+        warn(
+            f"The region of {subject.placeholder} is empty, so its subject shows nowhere. Paint one, or leave "
+            "region unconnected.",
+            subject.node_id,
+        )
 
 
 @dataclass

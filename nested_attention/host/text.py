@@ -101,7 +101,10 @@ def unused_words(tokenizer: Any, text: str, count: int) -> list[str]:
     free = (word for word in SENTINELS if word not in text.lower())
     words = [word for word in free if all(len(word_ids(tokenizer, name, word)) == 1 for name in names)][:count]
     if len(words) < count:
-        raise ValueError(f"A prompt can hold {len(SENTINELS)} subjects at most; this one has {count}.")
+        raise ValueError(
+            f"A prompt can hold {len(SENTINELS)} subjects, one less for each of these words in it: "
+            f"{', '.join(SENTINELS)}. This one has {count} subjects."
+        )
     return words
 
 
@@ -218,18 +221,20 @@ def sections_of(states: Tensor, places: dict[Place, float], length: int) -> list
 def add_placeholder(clip: Any, placeholder: str, class_word: str, learned: Mapping[str, Tensor]) -> tuple[Any, Ledger]:
     """A clone of the CLIP that knows one more placeholder, and the ledger that it writes.
 
-    Raises ValueError for an unusable placeholder or class word.
+    Raises ValueError for an unusable placeholder, class word or learned embedding.
     """
     known = clip.tokenizer if isinstance(clip.tokenizer, SubjectTokenizer) else SubjectTokenizer(clip.tokenizer, {})
     check_placeholder(placeholder, known)
     token = class_tokens(known.base, placeholder, class_word, learned)
+    widths = encoder_widths(clip, token)
+    check_learned(learned, widths)
     result = clip.clone()
     result.cond_stage_model = result.patcher.model  # which a node that chose a device has put in place of it
     result.tokenizer = SubjectTokenizer(known.base, {**known.tokens, placeholder: token})
     encode = clip.patcher.get_model_object(ENCODE)
     encode = encode.encode if isinstance(encode, SubjectTextEncoder) else encode
     ledger = Ledger()
-    result.patcher.add_object_patch(ENCODE, SubjectTextEncoder(encode, encoder_widths(clip, token), ledger))
+    result.patcher.add_object_patch(ENCODE, SubjectTextEncoder(encode, widths, ledger))
     return result, ledger
 
 
@@ -244,6 +249,15 @@ def check_placeholder(placeholder: str, known: SubjectTokenizer) -> None:
             f"The placeholder {placeholder} is already taken by another subject. Give each subject its own, such as "
             "<anna> and <bob>."
         )
+
+
+def check_learned(learned: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    for name, width in widths.items():
+        if name in learned and len(learned[name]) != width:
+            raise ValueError(
+                f"The adapter's learned embedding for CLIP-{name.upper()} has {len(learned[name])} values, this text "
+                f"encoder takes {width}. Load the CLIP of the adapter's base model, or write a class_word in its place."
+            )
 
 
 def encoder_widths(clip: Any, names: Mapping[str, Any]) -> dict[str, int]:

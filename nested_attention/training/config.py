@@ -12,14 +12,11 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapter import FEATURE_LAYERS, FeatureLayer
-from ..attention import NORMS, Norm
+from ..adapter import FeatureLayer
+from ..attention import Norm
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-FITS = ("center crop", "pad", "squash")
-SCHEDULES = ("constant", "cosine")
 Cached = Literal["off", "memory", "disk"]
-CACHES: tuple[Cached, ...] = ("off", "memory", "disk")
+CACHES: tuple[Cached, ...] = typing.get_args(Cached)
 PATHS = ("data", "output", "checkpoint", "diffusion_model", "text_encoders", "vae", "clip_vision", "start_from")
 EVERY = ("log_every", "checkpoint_every", "validate_every")
 FREE = ("output", "steps", "cache", "prefetch", "on_error", "validation_prompts", *EVERY)  # leave it the same training
@@ -124,11 +121,6 @@ class TrainingConfig:
             object.__setattr__(self, "cache", "memory" if self.cache else "off")
         for name, hint in typing.get_type_hints(type(self)).items():
             check_type(name, getattr(self, name), hint)
-        choices = {"norm": NORMS, "feature_layer": FEATURE_LAYERS, "precision": PRECISIONS, "fit": FITS}
-        choices |= {"schedule": SCHEDULES, "cache": CACHES, "on_error": ("stop", "skip")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise TrainingError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
         whole = ("queries", "dim", "depth", "dim_head", "ff_mult", "resolution", "steps", "batch", "accumulation")
         if self.resolution < 16:
             raise TrainingError(f"resolution is {self.resolution}, expected at least 16.")
@@ -182,6 +174,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """Raises TrainingError where a file of settings gives, say, a text in place of a number or of a list."""
     if typing.get_origin(hint) is tuple:
         right, expected = isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a list of texts"
+    elif typing.get_origin(hint) is Literal:
+        right, expected = value in typing.get_args(hint), f"one of {', '.join(typing.get_args(hint))}"
     elif hint in (int, float):
         right = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
         right = right and abs(value) < 2**63  # nor infinite, nor NaN

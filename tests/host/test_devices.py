@@ -37,7 +37,7 @@ def test_the_unet_is_elsewhere(choice, low_memory, person, other, monkeypatch):
     run.install(options)
     places = torch.zeros(2, 77, 2)
     places[0, 1], places[0, 3] = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0])
-    regions = region_masks(subjects, (8, 8))
+    regions = region_masks(subjects, torch.empty(2, 4, 8, 8))
     beside = {KEY: places} | ({} if regions is None else {REGION_KEY: regions.expand(2, -1, -1, -1)})
 
     model = patcher.model.to("meta")

@@ -315,10 +315,11 @@ def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog
     ("choice", "said"),
     [
         ({"region": torch.zeros(1, 64, 64)}, "The region of <anna> is empty"),
+        ({"region": torch.ones(3, 64, 64)}, "The region of <anna> is 3 masks for 1 pictures"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "begins at 0.5 of the sampling and ends at 0.5"),
     ],
 )
-def test_a_subject_that_shows_nowhere_is_said(base_model, base_clip, person, caplog, choice, said):
+def test_a_choice_that_can_hardly_be_meant_is_said(base_model, base_clip, person, caplog, choice, said):
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", **choice)
     sample(model, encode(clip, "<anna>"), encode(clip, "bad"))
     assert said in caplog.text

@@ -11,6 +11,7 @@ from sampling import encode
 
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.prompt_info import describe_prompt
+from nested_attention.host.text import SENTINELS
 from nodes import CLIPTextEncode
 
 
@@ -150,6 +151,15 @@ def test_learned_vectors(base_model, base_clip, tmp_path, sites, person):
     ours = encode(clip, "a <person> here")
     assert columns(ours) == [(0, "<person>", 2, 1.0)]
     assert torch.equal(ours[0][0], encode(base_clip, "a person here")[0][0])
+
+    adapter.patcher.model.embeddings["g"].data = torch.zeros(32)  # which the host would drop, and move what follows
+    with pytest.raises(ValueError, match="learned embedding for CLIP-G has 32 values.* takes 64"):
+        apply(base_model, base_clip, make_subject(adapter), placeholder="<person>")
+
+
+def test_a_prompt_without_a_word_to_spare(clip):
+    with pytest.raises(ValueError, match="one less for each of these words in it: zebra.* This one has 1 "):
+        encode(clip, f"a <person> with {' '.join(SENTINELS)}")
 
 
 def test_cut_text(clip):
