@@ -14,15 +14,14 @@ from typing import Any
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEED_NAMES = {"seed", "noise_seed"}
 SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize", "increment-wrap"}
-NOT_RUN = {"Note", "MarkdownNote", "PrimitiveNode", "Reroute"}
-MUTED, BYPASSED = 2, 4
+NOTES = {"Note", "MarkdownNote"}
 
 Graph = dict[str, Any]
 Node = dict[str, Any]
 
 
 class WorkflowError(Exception):
-    """The saved workflow does not fit the server's nodes."""
+    """The saved workflow does not fit the server's nodes, or is of a kind that none here is."""
 
 
 def read_graph(path: Path) -> Graph:
@@ -36,68 +35,26 @@ def read_graph(path: Path) -> Graph:
 
 
 def to_prompt(graph: Graph, object_info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The prompt of a saved graph: muted nodes and what hangs on them alone left out, bypassed ones bridged."""
-    wiring = _Wiring(graph)
+    """The prompt of a saved graph in which every node runs: none muted, bypassed, or there to guide links alone."""
+    sources = {link: [str(node), slot] for link, node, slot, *_ in graph["links"]}
     prompt = {}
     for node in graph["nodes"]:
-        if node["type"] in NOT_RUN or node.get("mode", 0) in (MUTED, BYPASSED):
+        if node["type"] in NOTES:
             continue
         if node["type"] not in object_info:
             raise WorkflowError(f"The server has no node {node['type']} (node {node['id']}).")
-        inputs = {**_widget_inputs(node, object_info[node["type"]]), **wiring.inputs(node)}
-        title = node.get("title") or object_info[node["type"]].get("display_name") or node["type"]
+        if node.get("mode", 0):
+            raise WorkflowError(f"Node {node['id']} ({node['type']}) is muted or bypassed.")
+        info = object_info[node["type"]]
+        linked = {s["name"]: sources[s["link"]] for s in node.get("inputs", []) if s.get("link") in sources}
+        title = node.get("title") or info.get("display_name") or node["type"]
+        inputs = {**_widget_inputs(node, info), **linked}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
     return prompt
 
 
-class _Wiring:
-    """Follows links backwards to the node that really yields a value."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.nodes = {node["id"]: node for node in graph["nodes"]}
-        self.links = dict(map(_link, graph.get("links", [])))
-
-    def inputs(self, node: Node) -> dict[str, Any]:
-        """The values of a node's linked inputs."""
-        found = {socket["name"]: self._value(socket.get("link")) for socket in node.get("inputs", [])}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def _value(self, link: int | None) -> Any:
-        """What arrives over a link: [node id, output index], a primitive's value, or None."""
-        if link is None or link not in self.links:
-            return None
-        source, slot = self.links[link]
-        node = self.nodes[source]
-        if node["type"] == "PrimitiveNode":
-            return node["widgets_values"][0]
-        if node["type"] == "Reroute":
-            return self._value(node["inputs"][0].get("link"))
-        if node.get("mode", 0) == MUTED:
-            return None
-        if node.get("mode", 0) == BYPASSED:
-            return self._value(_bridge(node, slot))
-        return [str(source), slot]
-
-
-def _link(link: list | dict) -> tuple[int, tuple[int, int]]:
-    if isinstance(link, dict):
-        return link["id"], (link["origin_id"], link["origin_slot"])
-    return link[0], (link[1], link[2])
-
-
-def _bridge(node: Node, slot: int) -> int | None:
-    """The link into a bypassed node that takes the place of its output: same place first, else same type."""
-    kind = node["outputs"][slot]["type"]
-    sockets = node.get("inputs", [])
-    candidates = [*sockets[slot : slot + 1], *sockets]
-    return next((socket.get("link") for socket in candidates if socket["type"] == kind), None)
-
-
 def _widget_inputs(node: Node, info: dict[str, Any]) -> dict[str, Any]:
-    values = node.get("widgets_values") or []
-    if isinstance(values, dict):
-        return {name: values[name] for name, _ in _widgets(info) if name in values}
-    inputs, rest = {}, list(values)
+    inputs, rest = {}, list(node.get("widgets_values") or [])
     for name, spec in _widgets(info):
         options = spec[1] if len(spec) > 1 else {}
         if rest:

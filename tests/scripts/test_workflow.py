@@ -47,47 +47,19 @@ def test_inputs_newer_than_the_file_take_their_defaults():
     assert prompt["2"]["inputs"]["late"] is True
 
 
-def test_values_may_be_saved_by_name():
-    middle = {**node(2, "Noise", image=1), "widgets_values": {"seed": 3, "scale": 2.0, "mode": "x"}}
-    assert to_prompt(chain(middle), INFO)["2"]["inputs"] == {"image": ["1", 0], "seed": 3, "scale": 2.0, "mode": "x"}
-
-
-def test_bypassed_nodes_are_bridged():
-    prompt = to_prompt(chain(node(2, "Noise", [7, "fixed", 0.5, "y"], mode=4, image=1)), INFO)
-    assert set(prompt) == {"1", "3"}
-    assert prompt["3"]["inputs"] == {"images": ["1", 0]}
-
-
-def test_muted_nodes_give_nothing():
-    prompt = to_prompt(chain(node(2, "Noise", [7, "fixed", 0.5, "y"], mode=2, image=1)), INFO)
-    assert prompt["3"]["inputs"] == {}
-
-
-def test_reroutes_are_followed_and_notes_left_out():
-    graph = chain(node(2, "Reroute", **{"": 1}))
-    graph["nodes"].append(node(9, "MarkdownNote", ["read me"]))
-    prompt = to_prompt(graph, INFO)
-    assert set(prompt) == {"1", "3"}
-    assert prompt["3"]["inputs"] == {"images": ["1", 0]}
-
-
 def test_a_linked_widget_keeps_its_place_among_the_values():
     middle = node(2, "Noise", [7, "fixed", 0.5, "y"], image=1, seed=3)
     graph = chain(middle, [(1, 1, 0, 2, 0, "IMAGE"), (2, 2, 0, 3, 0, "IMAGE"), (3, 8, 0, 2, 1, "INT")])
-    graph["nodes"].append(node(8, "PrimitiveNode", [42, "fixed"]))
-    assert to_prompt(graph, INFO)["2"]["inputs"] == {
-        "image": ["1", 0],
-        "seed": 42,
-        "scale": 0.5,
-        "mode": "y",
-        "late": True,
-    }
+    graph["nodes"] += [node(8, "Load", ["a.png"]), node(9, "MarkdownNote", ["read me"])]
+    prompt = to_prompt(graph, INFO)
+    assert set(prompt) == {"1", "2", "3", "8"}
+    assert prompt["2"]["inputs"] == {"image": ["1", 0], "seed": ["8", 0], "scale": 0.5, "mode": "y", "late": True}
 
 
-def test_links_may_be_objects():
-    links = [{"id": 1, "origin_id": 1, "origin_slot": 0}, {"id": 2, "origin_id": 2, "origin_slot": 0}]
-    graph = {**chain(node(2, "Noise", [7, "fixed", 0.5, "y"], image=1)), "links": links}
-    assert to_prompt(graph, INFO)["3"]["inputs"] == {"images": ["2", 0]}
+@pytest.mark.parametrize("mode", [2, 4])
+def test_what_the_front_end_would_leave_out_is_refused(mode):
+    with pytest.raises(WorkflowError, match="Node 2 .Noise. is muted or bypassed"):
+        to_prompt(chain(node(2, "Noise", [7, "fixed", 0.5, "y"], mode=mode, image=1)), INFO)
 
 
 def test_titles_are_kept_and_unknown_nodes_named():

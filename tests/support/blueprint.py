@@ -58,7 +58,8 @@ def instead_of_apply(blueprint: Blueprint, prompt: Prompt, info: Info) -> Prompt
 
 
 def _inner_prompt(inside: dict[str, Any], info: Info) -> Prompt:
-    links = [link for link in inside["links"] if link["origin_id"] != INPUT and link["target_id"] != OUTPUT]
+    inner = (link for link in inside["links"] if link["origin_id"] != INPUT and link["target_id"] != OUTPUT)
+    links = [[link["id"], link["origin_id"], link["origin_slot"]] for link in inner]
     prompt = to_prompt({"nodes": inside["nodes"], "links": links}, info)
     renamed = {}
     for node_id, node in prompt.items():
