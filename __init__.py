@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .nodes import adapter, apply, inspect, picture, prompt_info, studio, subject, train
-from .nodes.sockets import register_folders
+from .nodes.folders import register_folders
 
 WEB_DIRECTORY = "./web"
 

@@ -7,7 +7,8 @@ from comfy_api.latest import io, ui
 from ..nested_attention.adapter import FEATURE_LAYERS
 from ..nested_attention.attention import NORMS
 from ..nested_attention.host.adapters import load_adapter, save_adapter
-from .sockets import ADAPTERS, CATEGORY, Adapter, choices, full_path, modified, new_file
+from .folders import ADAPTERS, choices, full_path, modified, new_file
+from .sockets import CATEGORY, Adapter
 
 OWN = "adapter's own"
 

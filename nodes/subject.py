@@ -10,7 +10,8 @@ from comfy_api.latest import io, ui
 from ..nested_attention.host.adapters import bind, load_adapter, subject_of
 from ..nested_attention.host.images import encode
 from ..nested_attention.subject import combine, load_subject, save_subject
-from .sockets import ADAPTERS, CATEGORY, SUBJECTS, Adapter, Subject, choices, full_path, modified, new_file
+from .folders import ADAPTERS, SUBJECTS, choices, full_path, modified, new_file
+from .sockets import CATEGORY, Adapter, Subject
 
 
 class EncodeSubject(io.ComfyNode):

@@ -13,7 +13,8 @@ from ..nested_attention.attention import NORMS
 from ..nested_attention.host.base import Base
 from ..nested_attention.host.graph_training import store_pictures, train_in_graph, trained
 from ..nested_attention.training.config import CACHES, TrainingConfig
-from .sockets import CATEGORY, RUNS, Adapter, check_file_name
+from .folders import RUNS, check_file_name
+from .sockets import CATEGORY, Adapter
 
 
 class Train(io.ComfyNode):
