@@ -1,9 +1,12 @@
 """The training loop: resumed, killed, shared between processes, out of disk, it is the same training."""
 
 import ast
+import copy
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toy_training import Recording, make_trainer, settings
@@ -19,7 +23,8 @@ from nested_attention.training.checkpoint import load_checkpoint, save_checkpoin
 from nested_attention.training.config import TrainingError, from_arguments
 from nested_attention.training.data import BrokenEntry, Entry, Plan
 from nested_attention.training.loss import diffusion_loss, loss_weight, snr_of
-from nested_attention.training.progress import read_losses
+from nested_attention.training.pictures import bucket_sizes, cover, nearest_bucket
+from nested_attention.training.progress import loss_curve, read_losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,9 +52,10 @@ def losses(folder):
     return [(line["step"], line["loss"]) for line in read_losses(Path(folder) / "loss.jsonl")]
 
 
-def test_killed_and_resumed_is_uninterrupted(tmp_path):
-    straight, resumed = (settings(tmp_path / name) for name in ("straight", "killed"))
-    killed = start(tmp_path / "killed", pause=0.1)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_killed_and_resumed_is_uninterrupted(tmp_path, accumulation):
+    straight, resumed = (settings(tmp_path / name, accumulation=accumulation) for name in ("straight", "killed"))
+    killed = start(tmp_path / "killed", accumulation=accumulation, pause=0.1)
     while len(losses(tmp_path / "killed")) < 5:
         assert killed.poll() is None
         time.sleep(0.02)
@@ -92,6 +98,35 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
     whole.objective(whole.project, [whole.reader(row) for row in rows]).backward()
     gradients = torch.load(tmp_path / "gradients-0.pt", weights_only=True)
     torch.testing.assert_close(gradients, {name: p.grad for name, p in whole.adapter.named_parameters()})
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 4.0])
+def test_gradients_are_clipped_to_a_norm(tmp_path, part):
+    """Down to a part of their own norm, never up to it; 0 clips none. Adam's first mean is a tenth of what is left."""
+    make_trainer(settings(tmp_path / "found", steps=1, clip_norm=0.0), Recording).run()
+    gradients = torch.load(tmp_path / "found" / "gradients-0.pt", weights_only=True)
+    norm = torch.cat([g.flatten() for g in gradients.values()]).square().sum().sqrt().item()
+    trainer = make_trainer(settings(tmp_path / "clipped", steps=1, clip_norm=part * norm))
+    trainer.run()
+    means = {name: trainer.optimizer.state[p]["exp_avg"] for name, p in trainer.adapter.named_parameters()}
+    kept = {0.0: 0.1, 0.25: 0.025, 4.0: 0.1}[part]
+    torch.testing.assert_close(means, {name: kept * g for name, g in gradients.items()}, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("ema", "keeps"), [(0.999, (1 / 11, 2 / 12, 3 / 13)), (0.1, (1 / 11, 0.1, 0.1)), (0.0, (0,) * 3)]
+)
+def test_the_running_mean_of_the_weights(tmp_path, ema, keeps):
+    """It keeps n / (n + 10) of itself at step n, and at most `ema`."""
+    trainer = make_trainer(settings(tmp_path, steps=3, ema=ema))
+    weights = [copy.deepcopy(trainer.adapter.state_dict())]
+    trainer.watch = lambda step, line: weights.append(copy.deepcopy(trainer.adapter.state_dict()))
+    assert trainer.run()
+    for name, mean in weights[0].items():
+        for keep, now in zip(keeps, weights[1:], strict=True):
+            mean = keep * mean + (1 - keep) * now[name]
+        torch.testing.assert_close(trainer.average.state_dict()[name], mean)
+        assert not torch.equal(weights[1][name], weights[0][name])
 
 
 def test_stop_keeps_what_was_learnt(tmp_path):
@@ -266,6 +301,44 @@ def test_each_epoch_trains_on_every_entry():
     assert len({row.seed for number in range(20) for row in plan.rows(number)}) == 40
 
 
+def test_only_the_whole_word_is_the_subject():
+    config = settings(Path("anywhere"))
+    assert config.subject_caption("personal items of a Person, a person") == "personal items of a <person>, a person"
+    with pytest.raises(ValueError, match="'a personal trainer' holds neither <person> nor the word person"):
+        config.subject_caption("a personal trainer")
+
+
+def test_buckets_are_of_the_pictures_aspects():
+    """By the factor between two: 0.685 is nearer to 448 : 576 (0.778) than to 384 : 640 (0.6), and lying likewise."""
+    sizes = bucket_sizes(512)
+    assert sizes == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    cases = {(3000, 2900): (512, 512), (90, 60): (640, 384), (685, 1000): (448, 576), (1000, 685): (576, 448)}
+    assert {size: nearest_bucket(size, sizes) for size in cases} == cases
+    assert nearest_bucket((50, 50), [(64, 64), (128, 128), (96, 96)]) == (128, 128)
+
+
+def test_a_picture_that_is_too_long_keeps_its_middle():
+    picture = torch.rand(1, 90, 30, 3)
+    assert torch.equal(cover(picture, (30, 30)), picture[:, 30:60])
+    lying = picture.transpose(1, 2)
+    assert torch.equal(cover(lying, (30, 30)), lying[:, :, 30:60])
+
+
+def rows_of(picture, color):
+    """The mean row of a color's pixels in each quarter of the plot, from left to right."""
+    rows, columns = np.nonzero((np.asarray(picture)[51:349, 51:749] == color).all(-1))
+    return [rows[(columns >= left) & (columns < left + 175)].mean() for left in range(0, 700, 175)]
+
+
+def test_a_falling_loss_is_drawn_falling():
+    """And a rising validation rising; a picture's rows are counted from above."""
+    lines = [{"step": step, "loss": 2 - step / 100, "validation": 1 + step / 100} for step in range(1, 101)]
+    picture = loss_curve(lines)
+    falling, rising = rows_of(picture, (31, 63, 119)), rows_of(picture, (192, 57, 43))
+    assert falling == sorted(falling) and falling[-1] > falling[0] + 100
+    assert rising == sorted(rising, reverse=True) and rising[-1] < rising[0] - 100
+
+
 def test_losses_are_those_of_each_target():
     """epsilon: the noise. v: alpha eps - sigma x. flow: eps - x. Each from the clean picture that a model predicts."""
     make = torch.Generator().manual_seed(0)
@@ -321,3 +394,37 @@ def test_settings_from_a_file_and_options(tmp_path):
             from_arguments(["--config", str(tmp_path / "c.json")])
     with pytest.raises(TrainingError, match="batch is 0"):
         from_arguments(["--data", "d", "--output", "o", "--batch", "0"])
+
+
+def test_comfyui_is_found_above_the_pack(tmp_path):
+    pack, comfy = tmp_path / "ComfyUI" / "custom_nodes" / "pack", tmp_path / "ComfyUI" / "comfy"
+    shutil.copytree(ROOT / "nested_attention", pack / "nested_attention")
+    environment = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "PYTHONPATH")}
+
+    def python(*command):
+        return subprocess.run([sys.executable, *command], cwd=pack, env=environment, capture_output=True, text=True)
+
+    without = python("-m", "nested_attention.training", "--data", "d", "--output", "o")
+    assert "Training stopped: ComfyUI was not found. Set COMFYUI_PATH to its folder." in without.stderr
+    assert without.returncode == 1
+    comfy.mkdir()
+    (comfy / "sd.py").write_text("")
+    (comfy / "cli_args.py").write_text("class args:\n    cpu = None\n")
+    find = (
+        "from nested_attention.training.__main__ import find_host; find_host(); import comfy.sd, comfy.cli_args as c; "
+    )
+    found = python("-c", find + "print(comfy.sd.__file__, c.args.cpu, sep='\\n')")
+    cpu = not getattr(torch, "accelerator", torch.cuda).is_available()
+    assert found.stdout.splitlines() == [str(comfy / "sd.py"), str(cpu)], found.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends(number):
+    program = (
+        "import os; from nested_attention.training.__main__ import stop_signal; stop = stop_signal(); "
+        f"ask = lambda: os.kill(os.getpid(), {number:d}); print(stop(), flush=True); "
+        "ask(); print(stop(), flush=True); ask(); print('goes on')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout.split(), ended.returncode) == (["False", "True"], -number), ended.stderr

@@ -75,7 +75,7 @@ def on_progress(call):
 
 def test_progress_and_samples_are_shown(base, folder):
     seen = on_progress(lambda value: None)
-    config = settings(folder, validate_every=2, validation_prompts=("a <person>",))
+    config = settings(folder, validate_every=2, validation_prompts=("a <person>",), learning_rate=0.1)
     assert train_in_graph(config, base) == 4
     assert seen[-1][:2] == (4, 4)
     kind, picture, side = seen[-1][2]
@@ -83,6 +83,8 @@ def test_progress_and_samples_are_shown(base, folder):
     adapter, curve, sample = trained(folder / "out")
     assert curve.shape == (1, 400, 800, 3) and sample.shape == (1, picture.height, picture.width, 3)
     assert picture.width == 2 * 32 or picture.width > picture.height  # the subject, and what was drawn
+    first, last = (read_picture(folder / "out" / "validation" / f"000000{step}.png") for step in (2, 4))
+    assert torch.equal(sample, last) and not torch.equal(sample, first)
     assert adapter.name == "out.safetensors" and adapter.config.queries == 6
     maps = Path("/proc/self/maps")  # Windows would let nobody write a mapped file again
     assert not maps.exists() or str(folder / "out" / ADAPTER) not in maps.read_text()

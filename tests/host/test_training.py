@@ -25,14 +25,15 @@ from nested_attention.host.adapters import BoundSubject
 from nested_attention.host.adapters import load_adapter as load_in_host
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import DTYPES, attention_at, checkpointed, fresh_adapter
+from nested_attention.host.images import encode
 from nested_attention.host.layers import cross_attention_sites
 from nested_attention.host.objective import DiffusionObjective, told_sizes
 from nested_attention.host.train import make_adapter, split, train
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
-from nested_attention.training.config import TrainingError, from_arguments
+from nested_attention.training.config import FITS, TrainingError, from_arguments
 from nested_attention.training.data import Plan, Row, Sample, Troubles, read_dataset
-from nested_attention.training.pictures import cut, picture_size, read_picture
+from nested_attention.training.pictures import cover, cut, picture_size, read_picture
 from nested_attention.training.trainer import Projector
 
 
@@ -70,6 +71,14 @@ def test_a_fresh_adapter_starts_from_the_layers_own_projections(base, folder):
         assert torch.equal(layer.to_v.weight, attention.to_v.weight)
     again = fresh_adapter(settings(folder), base)
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
+
+
+def test_a_fresh_adapter_is_as_the_settings_say(base, folder):
+    said = {"queries": 7, "dim": 48, "depth": 2, "dim_head": 12, "ff_mult": 3, "feature_layer": "penultimate"}
+    said |= {"norm": "clamp", "norm_factor": 3.5, "class_word": "cat"}
+    config = fresh_adapter(settings(folder, **said), base).config
+    assert {name: getattr(config, name) for name in said} == said
+    assert (config.heads, config.image_dim, config.output_dim, len(config.layers)) == (4, 48, 96, 11)
 
 
 def test_first_values_make_up_for_little_attention(base, folder, tmp_path, monkeypatch):
@@ -316,6 +325,22 @@ def test_weights_are_those_of_each_kind_of_model(base, folder, monkeypatch):
         torch.testing.assert_close(mine, (right - wrong).square().flatten(1).mean(1), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sigma"),
+    [
+        (comfy.model_sampling.EPS, (0.1, 2.0)),  # SNR sigma^-2: 100 and 0.25
+        (comfy.model_sampling.V_PREDICTION, (0.1, 2.0)),
+        (comfy.model_sampling.CONST, (0.1, 2 / 3)),  # ((1 - sigma) / sigma)^2: 81 and 0.25
+    ],
+)
+def test_min_snr_caps_the_weight_of_little_noise(base, folder, monkeypatch, kind, sigma):
+    """min(SNR, 5) on the clean picture, which is min(SNR, 5) / SNR on the noise: its error is SNR times as large."""
+    objective, _, _ = objective_of(base, settings(folder, min_snr_gamma=5.0))
+    sampling = type("Sampling", (comfy.model_sampling.ModelSamplingDiscrete, kind), {})()
+    monkeypatch.setattr(objective, "sampling", sampling)
+    torch.testing.assert_close(objective.weight(torch.tensor(sigma)), torch.tensor([5.0, 0.25]))
+
+
 BROKEN = {
     '{"image": "gone.png", "caption": "a person"}': "gone.png",
     '{"image": "0.png"}': "caption",
@@ -389,10 +414,35 @@ def test_dropped_subjects_are_nobody(base, folder):
     assert objective.features(samples).any() and not objective.features(nobody).any()
 
 
+@pytest.mark.parametrize("how", ["center crop", "pad", "squash"])
+def test_crops_are_fitted_as_the_settings_say(base, folder, how):
+    """As Encode Subject does, and each way otherwise."""
+    objective, adapter, samples = objective_of(base, settings(folder, fit=how))
+    crops = torch.cat([sample.crop for sample in samples])
+    found = {each: encode(base.clip_vision, crops, None, each, adapter.config)[1] for each in FITS}
+    assert [each for each in FITS if torch.equal(objective.features(samples), found[each])] == [how]
+
+
 def test_latents_are_at_the_scale_of_sampling(base, folder):
     objective, _, [sample, *_] = objective_of(base, settings(folder))
     encoded = base.vae.encode(sample.picture[..., :3])
     assert torch.equal(objective.latent(sample).cpu(), base.model.model.process_latent_in(encoded).cpu())
+
+
+def test_a_box_is_cut_from_its_picture(tmp_path):
+    """Left, top, right and bottom, of the picture as it is displayed: here the file lies on its side."""
+    pixels = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    shown = pixels.flip(0).transpose(0, 1)  # orientation 6: a quarter turn clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels.numpy()).save(tmp_path / "0.png", exif=exif)
+    (tmp_path / "data.jsonl").write_text('{"image": "0.png", "caption": "a person", "box": [5, 10.2, 30, 49.8]}')
+    config = settings(tmp_path, data=str(tmp_path / "data.jsonl"))
+    [entry] = read_dataset(config, Troubles("stop"))
+    assert entry.size == picture_size(tmp_path / "0.png") == (40, 60)
+    sample = make_reader([entry], config)(Row(0, (32, 32), 0))
+    torch.testing.assert_close(sample.crop[0], shown[10:50, 5:30] / 255)
+    assert sample.size == (40, 60) and torch.equal(sample.picture, cover(shown[None] / 255, (32, 32)))
 
 
 def test_a_box_in_the_last_half_pixel():

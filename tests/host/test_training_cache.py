@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import make_clip, randomize
-from small_training import SmallVAE, exact, losses, make_base, make_data, settings
+from small_training import Row, SmallVAE, exact, losses, make_base, make_data, settings
 
 from nested_attention.host.base import encoders_fingerprint
-from nested_attention.host.train import train
+from nested_attention.host.objective import DiffusionObjective
+from nested_attention.host.train import make_adapter, train
 from nested_attention.training.cache import Cache, cache_key
 from nested_attention.training.config import TrainingConfig, TrainingError, from_arguments
-from nested_attention.training.data import Troubles
+from nested_attention.training.data import Sample, Troubles
 
 
 @pytest.fixture
@@ -78,13 +79,43 @@ def test_another_model_has_other_keys(base):
     patched = base.clip.clone()
     name, weight = next((n, p) for n, p in patched.cond_stage_model.named_parameters() if p.ndim == 2)
     patched.add_patches({name: ("diff", (torch.ones_like(weight),))})
-    vae = type("OtherVAE", (SmallVAE,), {})()
-    others = [replace(base, clip=clip) for clip in (skipping, other, patched)] + [replace(base, vae=vae)]
-    assert len({encoders_fingerprint(each) for each in [base, *others]}) == 5
+    vaes = [type("OtherVAE", (SmallVAE,), {})(), *(SmallVAE() for _ in range(3))]
+    for vae, weight, dtype in zip(vaes[1:], (0.0, 1.0, 1.0), (None, None, torch.bfloat16), strict=True):
+        vae.first_stage_model, vae.vae_dtype = torch.nn.Linear(2, 2, bias=False), dtype
+        torch.nn.init.constant_(vae.first_stage_model.weight, weight)
+    others = [replace(base, clip=clip) for clip in (skipping, other, patched)] + [replace(base, vae=v) for v in vaes]
+    assert len({encoders_fingerprint(each) for each in [base, *others]}) == 8
     assert encoders_fingerprint(base) == encoders_fingerprint(base)
     a, b = torch.rand(1, 4, 6, 3), torch.rand(1, 4, 6, 3)
     keys = {cache_key("latent", x) for x in (a, b, a.reshape(1, 6, 4, 3))} | {cache_key("text", a)}
     assert len(keys) == 4 and cache_key("latent", a) == cache_key("latent", a.clone())
+
+
+def test_files_are_taken_only_for_what_they_were_made_of(base, folder):
+    """Beside those of another model, picture, caption or class word, all is as it would be without any."""
+    plain = Sample(Row(0, (32, 32), 0), torch.rand(1, 32, 32, 3), None, "a <person> and a <dog>", (32, 32))
+    clip = make_clip()
+    randomize(clip.cond_stage_model, 7)
+    vae = type("OtherVAE", (SmallVAE,), {"encode": lambda self, pixels: SmallVAE.encode(self, 1 - pixels)})()
+    sizes = []
+    for model, sample, word in (
+        (base, plain, "person"),
+        (base, replace(plain, picture=torch.rand(1, 32, 32, 3)), "person"),
+        (base, replace(plain, caption="the <person> and a <dog>"), "person"),
+        (base, plain, "dog"),
+        (replace(base, clip=clip), plain, "person"),
+        (replace(base, vae=vae), plain, "person"),
+    ):
+        found = []
+        for cache in ("off", "disk", "disk"):
+            config = settings(folder, cache=cache, class_word=word)
+            objective = DiffusionObjective(model, make_adapter(config, model), config)
+            latent = objective.latent(sample)
+            conds, places = objective.text(sample, latent)
+            found.append((latent, conds["model_conds"]["c_crossattn"].cond, conds["model_conds"]["y"].cond, places))
+        torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
+        sizes.append(len(list((folder / "out" / "cache").rglob("*.safetensors"))))
+    assert sizes == [2, 3, 4, 5, 7, 9]  # another encoder's are other files, of text and latents both
 
 
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
