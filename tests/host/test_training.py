@@ -31,7 +31,7 @@ from nested_attention.host.objective import DiffusionObjective, told_sizes
 from nested_attention.host.train import make_adapter, split, train
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
-from nested_attention.training.config import FITS, TrainingError, from_arguments
+from nested_attention.training.config import TrainingError, from_arguments
 from nested_attention.training.data import Plan, Row, Sample, Troubles, read_dataset
 from nested_attention.training.pictures import cover, cut, picture_size, read_picture
 from nested_attention.training.trainer import Projector
@@ -414,7 +414,10 @@ def test_dropped_subjects_are_nobody(base, folder):
     assert objective.features(samples).any() and not objective.features(nobody).any()
 
 
-@pytest.mark.parametrize("how", ["center crop", "pad", "squash"])
+FITS = ("center crop", "pad", "squash")
+
+
+@pytest.mark.parametrize("how", FITS)
 def test_crops_are_fitted_as_the_settings_say(base, folder, how):
     """As Encode Subject does, and each way otherwise."""
     objective, adapter, samples = objective_of(base, settings(folder, fit=how))
