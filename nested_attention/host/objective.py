@@ -20,11 +20,12 @@ from ..adapter import NestedAdapter
 from ..attention import NestedToken, split_heads
 from ..training.cache import Cache, Tensors, cache_key
 from ..training.config import TrainingConfig, TrainingError
-from ..training.data import Sample, Troubles
 from ..training.gain import add_gain
 from ..training.loss import diffusion_loss, loss_weight, snr_of
 from ..training.pictures import covering
+from ..training.samples import Sample
 from ..training.trainer import Pairs, Project, Projector
+from ..training.troubles import Troubles
 from . import KEY
 from .base import DTYPES, Base, encoders_fingerprint
 from .images import as_rgb, features, fit

@@ -19,10 +19,12 @@ from ..adapter import NestedAdapter
 from ..base_models import describe
 from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
-from ..training.data import BROKEN, Entry, Reader, Row, Sample, Troubles, read_dataset, stable_hash
+from ..training.entries import Entry, read_dataset
 from ..training.gain import folded
 from ..training.processes import rank_and_size
+from ..training.samples import Reader, Row, Sample, stable_hash
 from ..training.trainer import Trainer
+from ..training.troubles import BROKEN, Troubles
 from .base import DTYPES, Base, checkpointed, fresh_adapter
 from .layers import check_fit, cross_attention_sites
 from .objective import DiffusionObjective

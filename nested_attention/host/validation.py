@@ -14,8 +14,8 @@ from ..adapter import NestedAdapter
 from ..files import write_atomically
 from ..inspection.drawing import to_image
 from ..training.config import TrainingConfig
-from ..training.data import Sample
 from ..training.pictures import cover
+from ..training.samples import Sample
 from ..training.trainer import Projector
 from .adapters import LoadedAdapter, subject_of
 from .apply import apply_subject

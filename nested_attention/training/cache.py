@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import read_tensors, write_tensors
 from .config import Cached
-from .data import Troubles
+from .troubles import Troubles
 
 log = logging.getLogger("nested_attention")
 Tensors = dict[str, Tensor]

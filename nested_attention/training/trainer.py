@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from ..adapter import NestedAdapter
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, TrainingError, changed
-from .data import BrokenEntry, Reader, Sample, Troubles
 from .processes import rank_and_size
 from .progress import Progress
+from .samples import Reader, Sample
+from .troubles import BrokenEntry, Troubles
 
 log = logging.getLogger("nested_attention")
 Pairs = list[tuple[Tensor, Tensor]]

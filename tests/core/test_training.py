@@ -21,10 +21,12 @@ from toy_training import Recording, make_trainer, settings
 
 from nested_attention.training.checkpoint import load_checkpoint, save_checkpoint
 from nested_attention.training.config import TrainingError, from_arguments
-from nested_attention.training.data import BrokenEntry, Entry, Plan
+from nested_attention.training.entries import Entry
 from nested_attention.training.loss import diffusion_loss, loss_weight, snr_of
 from nested_attention.training.pictures import bucket_sizes, cover, nearest_bucket
 from nested_attention.training.progress import loss_curve, read_losses
+from nested_attention.training.samples import Plan
+from nested_attention.training.troubles import BrokenEntry
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,8 +21,9 @@ from nested_attention.host.layers import cross_attention_sites
 from nested_attention.host.objective import DiffusionObjective
 from nested_attention.host.train import ADAPTER
 from nested_attention.training.checkpoint import load_checkpoint
-from nested_attention.training.data import Troubles, read_dataset
+from nested_attention.training.entries import read_dataset
 from nested_attention.training.pictures import read_picture
+from nested_attention.training.troubles import Troubles
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from small_training import exact, losses, make_base, make_data, make_reader, sam
 
 from nested_attention.host.train import train
 from nested_attention.training.config import TrainingError
-from nested_attention.training.data import Troubles, read_dataset
+from nested_attention.training.entries import read_dataset
 from nested_attention.training.pictures import read_picture
+from nested_attention.training.troubles import Troubles
 
 
 def pack(data, pattern: str, per_shard: int) -> None:

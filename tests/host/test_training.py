@@ -32,9 +32,11 @@ from nested_attention.host.train import make_adapter, split, train
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
 from nested_attention.training.config import TrainingError, from_arguments
-from nested_attention.training.data import Plan, Row, Sample, Troubles, read_dataset
+from nested_attention.training.entries import read_dataset
 from nested_attention.training.pictures import cover, cut, picture_size, read_picture
+from nested_attention.training.samples import Plan, Row, Sample
 from nested_attention.training.trainer import Projector
+from nested_attention.training.troubles import Troubles
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from nested_attention.host.objective import DiffusionObjective
 from nested_attention.host.train import make_adapter, train
 from nested_attention.training.cache import Cache, cache_key
 from nested_attention.training.config import TrainingConfig, TrainingError, from_arguments
-from nested_attention.training.data import Sample, Troubles
+from nested_attention.training.samples import Sample
+from nested_attention.training.troubles import Troubles
 
 
 @pytest.fixture

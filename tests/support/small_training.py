@@ -12,7 +12,8 @@ from small_models import make_clip, make_clip_vision, make_model
 
 from nested_attention.host.base import Base
 from nested_attention.training.config import TrainingConfig
-from nested_attention.training.data import Reader, Row, Sample, Troubles
+from nested_attention.training.samples import Reader, Row, Sample
+from nested_attention.training.troubles import Troubles
 
 SMALL = {"queries": 6, "dim": 32, "depth": 1, "dim_head": 16, "resolution": 32, "augment": 0.0}
 SMALL |= {"caption_dropout": 0.0, "subject_dropout": 0.0, "warmup": 0, "steps": 4, "batch": 2, "precision": "fp32"}

@@ -14,9 +14,11 @@ import torch
 from nested_attention.adapter import AdapterConfig, NestedAdapter
 from nested_attention.attention import NestedToken, personalize, split_heads, text_attention
 from nested_attention.training.config import TrainingConfig
-from nested_attention.training.data import Entry, Plan, Sample, Troubles
+from nested_attention.training.entries import Entry
 from nested_attention.training.processes import joined, rank_and_size
+from nested_attention.training.samples import Plan, Sample
 from nested_attention.training.trainer import Trainer
+from nested_attention.training.troubles import Troubles
 
 SHAPE = {"image_dim": 8, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "queries": 4, "output_dim": 8}
 

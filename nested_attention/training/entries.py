@@ -1,0 +1,122 @@
+"""Pairs to train on: a picture with its caption, and the crop of its subject.
+
+A folder holds pictures with a .txt caption beside each (and, if wanted, the crop as name.subject.png). A .jsonl file
+has one object a line, {"image": ..., "caption": ..., "box": [left, top, right, bottom] or "crop": ...}, paths from its
+own folder. Shards are .tar files of what a folder holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import TrainingConfig, TrainingError
+from .pictures import SUFFIXES, Box, Size, Source, picture_size
+from .shards import expand, shard_records
+from .troubles import BROKEN, Troubles
+
+Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture [its size], its caption with the placeholder, and where its subject is; None: all of it."""
+
+    image: Source
+    caption: str
+    size: Size
+    box: Box | None = None
+    crop: Source | None = None
+
+
+def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
+    """All usable entries, in a fixed order. Raises TrainingError where there is none."""
+    path = Path(config.data)
+    entries = []
+    for name, record in records(path):
+        try:
+            entries.append(make_entry(record(), config))
+        except BROKEN as error:
+            troubles.report(f"{name}: {error}.")
+    if not entries:
+        raise TrainingError(f"{path} holds no usable entry ({troubles.count} are broken).")
+    return entries
+
+
+def records(path: Path) -> Records:
+    """Raises TrainingError where there is nothing of the kind."""
+    shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix == ".tar" else []
+    lines = path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson")
+    if not (path.is_dir() or lines or any(shard.exists() for shard in shards)):
+        raise TrainingError(
+            f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
+        )
+    if path.is_dir():
+        yield from folder_records(path)
+    elif not shards:
+        yield from line_records(path)
+    for shard in shards:
+        yield from shard_records(shard)
+
+
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """All files of these kinds in a folder, but hidden ones and what macOS leaves in archives."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(
+        p for p in found if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
+    )
+
+
+def folder_records(folder: Path) -> Records:
+    for image in (p for p in files_of(folder, SUFFIXES) if ".subject." not in p.name):
+        crop = next((c for s in SUFFIXES if (c := image.with_name(f"{image.stem}.subject{s}")).exists()), None)
+        yield str(image.relative_to(folder)), lambda image=image, crop=crop: folder_record(image, crop)
+
+
+def folder_record(image: Path, crop: Path | None) -> dict[str, Any]:
+    caption = image.with_suffix(".txt")
+    if not caption.exists():
+        raise ValueError(f"no caption beside it (expected {caption.name})")
+    return {"image": image, "caption": caption.read_text(encoding="utf-8-sig"), "crop": crop}
+
+
+def line_records(path: Path) -> Records:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            yield f"{path.name} line {number}", lambda line=line: line_record(line, path.parent)
+
+
+def line_record(line: bytes, folder: Path) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("image", "caption")):
+        raise ValueError('expected an object with at least "image" and "caption"')
+    if unknown := sorted(record.keys() - {"image", "caption", "box", "crop"}):
+        raise ValueError(f"unknown keys {', '.join(unknown)}")
+    crop = record.get("crop")
+    if not isinstance(crop, (str, type(None))):
+        raise ValueError(f"the crop {crop} is no name of a file")
+    return {**record, "image": folder / record["image"], "crop": folder / crop if crop else None}
+
+
+def make_entry(record: dict[str, Any], config: TrainingConfig) -> Entry:
+    """Raises ValueError or OSError, with what is wrong, for a record that cannot be trained on."""
+    caption = config.subject_caption(record["caption"])
+    caption.encode()  # half an emoji is no text
+    size, crop = picture_size(record["image"]), record["crop"]
+    if crop is not None:
+        picture_size(crop)
+    return Entry(record["image"], caption, size, check_box(record.get("box"), size), crop)
+
+
+def check_box(box: Any, size: Size) -> Box | None:
+    if box is None:
+        return None
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+        raise ValueError(f"the box {box} is not [left, top, right, bottom]")
+    left, top, right, bottom = box
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+        raise ValueError(f"the box {box} is empty or outside of the picture of {size[0]} x {size[1]} pixels")
+    return left, top, right, bottom
