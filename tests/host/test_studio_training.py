@@ -33,6 +33,8 @@ from studio import (
     words,
 )
 
+DECOUPLED = {"name": "decoupled", "objective": rivals.DecoupledObjective, "value_share": 0.0}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -70,6 +72,17 @@ def weights(world, work, vocabulary):
     return painter, work / "weights"
 
 
+@pytest.fixture(scope="module")
+def base(weights):
+    return load_studio(weights[1])
+
+
+@pytest.fixture(scope="module")
+def trained(world, work, base):
+    """The file of an adapter after two steps; each is trained once."""
+    return lambda kind, **changes: adapters.train_adapter(world, base, kind, work, 2, 2, batch=2, **changes)
+
+
 def losses(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -84,8 +97,7 @@ def test_the_host_encodes_text_as_the_training_did(weights, vocabulary):
     torch.testing.assert_close(states, expected, rtol=0.02, atol=0.02)  # weights in half precision
 
 
-def test_a_warm_start_comes_closer_to_what_a_caption_says(world, work, weights):
-    base = load_studio(weights[1])
+def test_a_warm_start_comes_closer_to_what_a_caption_says(world, work, base):
     config = adapters.settings("people", work, work, 2)
     warm_start.warm_start(world, base, "people", config, work / "warm", 150)
     found = [line["loss"] for line in losses(work / "warm")]
@@ -195,22 +207,9 @@ def test_pairs_are_of_one_subject_in_two_views(world, tmp_path, kind):
     assert all((tmp_path / line[name]).exists() for line in lines for name in ("image", "crop"))
 
 
-def test_evidence_from_a_few_steps(world, work, weights):
+def test_evidence_from_a_few_steps(world, work, base, trained):
     """All methods train, draw and are scored; an interrupted run draws nothing twice."""
-    base = load_studio(weights[1])
-    own = adapters.train_adapter(world, base, "people", work, 2, 2, batch=2)
-    other = adapters.train_adapter(
-        world,
-        base,
-        "people",
-        work,
-        2,
-        2,
-        name="decoupled",
-        batch=2,
-        objective=rivals.DecoupledObjective,
-        value_share=0.0,
-    )
+    own, other = trained("people"), trained("people", **DECOUPLED)
     assert not all(
         torch.equal(a, b) for a, b in zip(load_adapter(own).parameters(), load_adapter(other).parameters(), strict=True)
     )
@@ -231,19 +230,16 @@ def test_evidence_from_a_few_steps(world, work, weights):
     assert len(drawn) == 1 and found.keys() == {"none", "ceiling"}  # of other cases all is done anew
 
 
-def test_methods_change_the_picture_and_no_strength_does_not(world, work, weights):
-    base = load_studio(weights[1])
+def test_methods_change_the_picture_and_no_strength_does_not(world, base, trained):
     [case] = evidence.cases(world, 1)
     plain = evidence.draw(base, evidence.nobody, case)
-    for name, method in (("person", evidence.nested), ("decoupled", evidence.decoupled)):
-        made = method(work / "adapters" / name / "adapter.safetensors")
+    for made in (evidence.nested(trained("people")), evidence.decoupled(trained("people", **DECOUPLED))):
         assert not torch.equal(evidence.draw(base, made, case, 1.0), plain)
         torch.testing.assert_close(evidence.draw(base, made, case, 0.0), plain, rtol=0, atol=1e-4)
 
 
-def test_two_subjects_are_drawn_and_scored(world, work, weights):
-    base = load_studio(weights[1])
-    files = [adapters.train_adapter(world, base, kind, work, 2, 2, batch=2) for kind in adapters.CLASSES]
+def test_two_subjects_are_drawn_and_scored(world, base, trained):
+    files = [trained(kind) for kind in adapters.CLASSES]
     [case] = evidence.cases(world, 1, kinds=("people", "animals"), photos=2)
     assert "<person>" in case.prompt and "<pet>" in case.prompt
     method = evidence.nested(*files, choices={"animals": {"competition": 2.0}})
@@ -252,15 +248,13 @@ def test_two_subjects_are_drawn_and_scored(world, work, weights):
     assert row["identity"] == pytest.approx([(person + pet) / 2])
 
 
-def test_the_whole_page_from_a_few_steps(world, work, weights, tmp_path):
+def test_the_whole_page_from_a_few_steps(world, base, trained, tmp_path):
     """All tables, figures and numbers of docs/evidence.md, from adapters that learned nothing."""
-    base = load_studio(weights[1])
-    files = {kind: adapters.train_adapter(world, base, kind, work, 2, 2, batch=2) for kind in adapters.CLASSES}
-    other = {"name": "decoupled", "objective": rivals.DecoupledObjective, "value_share": 0.0}
+    files = {kind: trained(kind) for kind in adapters.CLASSES}
     ways = {
         "person": files["people"],
-        "single": adapters.train_adapter(world, base, "people", work, 2, 2, batch=2, name="single", queries=1),
-        "decoupled": adapters.train_adapter(world, base, "people", work, 2, 2, batch=2, **other),
+        "single": trained("people", name="single", queries=1),
+        "decoupled": trained("people", **DECOUPLED),
     }
     docs = tmp_path / "docs"
     docs.mkdir()
