@@ -27,7 +27,7 @@ def test_concatenated_words_of_two_subjects_cannot_be_told_apart(base_model, bas
     """Their states are the same, and concatenation drops what tells them apart."""
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", class_word="woman")
     model, clip = apply_subject(model, clip, other, placeholder="<bob>", class_word="woman")
-    anna, bob, negative = (encode(clip, text) for text in ("a <anna>", "a <bob>", "bad"))
+    anna, bob, _, negative = (encode(clip, text) for text in ("a <anna>", "a <bob>", "a <bob>", "bad"))
     sample(model, anna, bob)
     assert "no telling" not in caplog.text
     (positive,) = ConditioningConcat().concat(encode(clip, "two women"), anna)

@@ -41,6 +41,23 @@ def test_fits(photo):
     assert not torch.allclose(crop, squash)
 
 
+@pytest.mark.parametrize("height, width, rows, columns", [(5, 8, (1, 6), (0, 8)), (8, 4, (0, 8), (2, 6))])
+def test_pad_is_grey_on_both_sides(height, width, rows, columns):
+    """An odd pixel of it goes below or to the right."""
+    picture = torch.randint(0, 256, (1, height, width, 3)) / 255
+    expected = torch.full((1, 8, 8, 3), 128 / 255)
+    expected[:, slice(*rows), slice(*columns)] = picture
+    torch.testing.assert_close(fit(picture, 8, "pad"), expected)
+
+
+def test_squash_shows_all_of_the_picture():
+    bands = torch.tensor([0.0, 0.4, 0.4, 1.0]).repeat_interleave(16)  # of a picture 16 high and 64 wide
+    seen = fit(bands.expand(1, 3, 16, 64).movedim(1, -1), 16, "squash")
+    torch.testing.assert_close(
+        seen[0, :, [1, 8, 14], 0], torch.tensor([0.0, 0.4, 1.0]).expand(16, 3), atol=0.01, rtol=0
+    )
+
+
 def test_alpha_and_mask_leave_the_rest_grey(photo):
     alpha = torch.zeros(1, *photo.shape[1:3], 1)
     alpha[:, :, :256] = 1
@@ -49,6 +66,10 @@ def test_alpha_and_mask_leave_the_rest_grey(photo):
     for image in (rgba, masked):
         assert torch.equal(image[:, :, :256], photo[:, :, :256]) and (image[:, :, 256:] == 0.5).all()
     assert torch.equal(as_rgb(photo, torch.zeros(1, 64, 64)), photo)  # what Load Image gives beside a picture
+    half = torch.full_like(photo[..., :1], 0.5)
+    both = as_rgb(torch.cat([photo, half], dim=-1), alpha[..., 0])
+    torch.testing.assert_close(both[:, :, :256], 0.25 + photo[:, :, :256] / 2)
+    assert (both[:, :, 256:] == 0.5).all()
 
 
 def test_masks_of_a_batch(photo):

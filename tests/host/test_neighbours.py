@@ -115,8 +115,9 @@ def test_their_stored_tensors_stay_untouched(applied, base_model, sites):
     assert all(torch.equal(x, torch.ones_like(x)) for x in kept.values())
 
 
-def test_attention_override_is_kept(applied, base_model, sites, person):
+def test_attention_override_is_kept(applied, base_model, sites, person, monkeypatch):
     """The user's choice of attention, as a backend override, serves the text attention of every layer."""
+    monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)
     model, clip = applied
     calls = []
 
@@ -137,6 +138,28 @@ def test_every_backend(applied, base_model, sites, person, backend, monkeypatch)
     monkeypatch.setattr(host_attention, "optimized_attention", getattr(host_attention, backend))
     positive, negative = encode(clip, PROMPT), encode(clip, "bad")
     check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
+
+
+def test_attention_is_called_as_the_host_calls_it(applied, base_model, monkeypatch):
+    """The user's choice of attention, in the precision that the layer asks for."""
+    calls = []
+
+    def attention(q, k, v, heads, attn_precision=None, transformer_options=None, **kwargs):
+        calls.append((q.shape, k.shape, heads, attn_precision, transformer_options["block"], kwargs))
+        return host_attention.attention_basic(q, k, v, heads, **kwargs)
+
+    monkeypatch.setattr(host_attention, "optimized_attention", attention)
+    for module in base_model.model.diffusion_model.modules():
+        if hasattr(module, "attn_precision"):
+            monkeypatch.setattr(module, "attn_precision", torch.float32)
+    model, clip = applied
+    conditionings = encode(clip, PROMPT), encode(clip, "bad")
+    calls.clear()  # those of the text encoders
+    sample(model, *conditionings)
+    ours = calls.copy()
+    calls.clear()
+    sample(base_model, *conditionings)
+    assert ours == calls and {call[3] for call in calls} == {torch.float32}
 
 
 def test_rows_without_subject_are_the_hosts_bit_for_bit(applied, base_model, monkeypatch):

@@ -134,7 +134,8 @@ def test_the_adapters_of_the_small_model_are_in_the_list(pack):
     assert {"studio_person.safetensors", "studio_pet.safetensors"} <= set(options)
 
 
-def test_no_file_says_where_to_put_one(pack):
+def test_no_file_says_where_to_put_one(pack, tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "nested_attention_subjects", ([str(tmp_path)], set()))
     node = pack["NestedAttentionLoadSubject"]
     assert node.define_schema().inputs[0].options == ["(none in models/nested_attention_subjects)"]
     with pytest.raises(ValueError, match="no file 'x.safetensors'. Put it into .*nested_attention"):
@@ -145,7 +146,7 @@ def test_no_file_says_where_to_put_one(pack):
 @pytest.fixture(scope="module")
 def adapter(pack, sites):
     folder = Path(folder_paths.get_folder_paths("nested_attention")[0])
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     make_adapter(folder / "person.safetensors", sites)
     choices = {"feature_layer": "adapter's own", "norm": "adapter's own"}
     (adapter,) = run(pack["NestedAttentionLoadAdapter"], adapter_name="person.safetensors", **choices)
@@ -250,7 +251,7 @@ def test_save_and_load(pack, adapter):
     for given in ({}, {"adapter": adapter}):
         (loaded,) = run(load, subject_name=name, **given)
         assert torch.equal(loaded.subject.tokens, subject.subject.tokens)
-        assert loaded.adapter.fingerprint == adapter.fingerprint
+        assert loaded.adapter.fingerprint == adapter.fingerprint and (loaded.adapter is adapter) is bool(given)
 
 
 def test_a_changed_file_is_read_again(pack, adapter):

@@ -25,6 +25,7 @@ from sampling import (
 )
 
 from nested_attention.host.apply import apply_subject
+from nested_attention.host.run import AppliedSubject, region_masks
 
 
 @pytest.fixture
@@ -302,6 +303,18 @@ def test_regions(base_model, base_clip, sites, person, other):
     check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=noise(size=(8, 8)))
 
 
+def test_a_region_counts_with_all_of_its_area(person):
+    """Each latent pixel has the mean of the mask's pixels that it covers."""
+    region = torch.rand(1, 16, 24)
+    subjects = [
+        AppliedSubject(name, person.subject.tokens, person.adapter, region=r)
+        for name, r in (("<a>", region), ("<b>", None))
+    ]
+    masks = region_masks(subjects, (2, 3))
+    torch.testing.assert_close(masks[0, 0], region.view(2, 8, 3, 8).mean((1, 3)))
+    assert (masks[0, 1] == 1).all()
+
+
 def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog):
     """As where a detailer samples a part of the picture for which the region was painted."""
     for height, width in ((64, 64), (64, 96)):
@@ -335,10 +348,12 @@ def test_values_that_are_no_numbers_are_refused(base_model, base_clip, person):
 
 
 def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
-    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=half(8, 8, "left")[None])
+    """In shades, which deeper layers see bilinearly."""
+    region = torch.rand(8, 8)
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", region=region[None])
     model, clip = apply_subject(model, clip, other, placeholder="<bob>")
     positive = encode(clip, "<anna> and <bob>")
-    texts = [(text_of(positive), [Stands(person, (1,), region=half(8, 8, "left")), Stands(other, (3,))])]
+    texts = [(text_of(positive), [Stands(person, (1,), region=region), Stands(other, (3,))])]
     latent = noise(batch=2, size=(8, 8))
     check(model, base_model, sites, texts, positive, encode(clip, "bad"), latent=latent)
 

@@ -87,12 +87,15 @@ def test_a_pack_that_samples_several_times_in_one_run(applied, base_model, base_
     assert "without its conditioning" not in caplog.text
 
 
-def test_interrupt_while_projecting(applied):
+def test_interrupt_while_projecting(applied, monkeypatch):
+    """Before any layer is: operations of the host look for it too, but only once one has begun."""
+    counted = count_projections(monkeypatch)
     model, clip = applied
     positive, negative = encode(clip, PROMPT), encode(clip, "bad")
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(model, positive, negative)
+    assert counted == []
 
 
 def test_projected_once_a_run(applied, sites, monkeypatch):

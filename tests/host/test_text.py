@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from sampling import encode
+from small_models import make_adapter, make_subject
 
+from nested_attention.host.adapters import load_adapter
 from nested_attention.host.apply import apply_subject
+from nested_attention.host.notice import show, warn
 from nested_attention.host.prompt_info import describe_prompt
 from nodes import CLIPTextEncode
 
@@ -74,9 +79,13 @@ def test_longest_placeholder_wins(base_model, base_clip, person, other):
     assert columns(encode(clip, "<a>b and <a>")) == [(0, "<a>b", 1, 1.0), (0, "<a>", 3, 1.0)]
 
 
-def test_class_word(base_model, base_clip, person):
-    clip = apply(base_model, base_clip, person, class_word="woman")
-    assert torch.equal(encode(clip, "an <anna>")[0][0], encode(base_clip, "an woman")[0][0])
+def test_class_word(base_model, base_clip, person, tmp_path, sites):
+    """The user's goes before the adapter's own."""
+    path = make_adapter(tmp_path / "pet.safetensors", sites, class_word="dog")
+    pet = make_subject(load_adapter(str(path), path.name))
+    for given, word in (("woman", "woman"), ("", "dog")):
+        clip = apply(base_model, base_clip, pet, class_word=given)
+        assert torch.equal(encode(clip, "an <anna>")[0][0], encode(base_clip, f"an {word}")[0][0])
     with pytest.raises(ValueError, match=r"'firefighter girl' is 2 \('firefighter' \+ 'girl'\)"):
         apply(base_model, base_clip, person, class_word="firefighter girl")
 
@@ -134,22 +143,18 @@ class TestTextualInversion:
             encode(with_embedding, "embedding:style a <person>")
 
 
-def test_learned_vectors(base_model, base_clip, tmp_path, sites, person):
-    """An adapter may bring embeddings of its own for the token: equal to the table's row they change nothing."""
-    from small_models import make_adapter, make_subject
-
-    from nested_attention.host.adapters import load_adapter
-
-    path = make_adapter(tmp_path / "learned.safetensors", sites, embeddings={"l": 32, "g": 64})
+def test_learned_vectors(base_model, base_clip, tmp_path, sites):
+    """An adapter may bring embeddings of its own for the token, which stand where the user gives no class word."""
+    path = make_adapter(tmp_path / "learned.safetensors", sites, class_word="dog", embeddings={"l": 32, "g": 64})
     adapter = load_adapter(str(path), path.name)
     word = base_clip.tokenizer.clip_l.tokenizer("person")["input_ids"][1]
     for name, vector in adapter.patcher.model.embeddings.items():
         table = getattr(base_clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings().weight
         vector.data = table[word].clone()
-    clip = apply(base_model, base_clip, make_subject(adapter), placeholder="<person>")
-    ours = encode(clip, "a <person> here")
-    assert columns(ours) == [(0, "<person>", 2, 1.0)]
-    assert torch.equal(ours[0][0], encode(base_clip, "a person here")[0][0])
+    for given, word in (("", "person"), ("woman", "woman")):
+        ours = encode(apply(base_model, base_clip, make_subject(adapter), class_word=given), "a <anna> here")
+        assert columns(ours) == [(0, "<anna>", 2, 1.0)]
+        assert torch.equal(ours[0][0], encode(base_clip, f"a {word} here")[0][0])
 
 
 def test_cut_text(clip):
@@ -181,6 +186,17 @@ def test_prompt_for_another_kind_of_encoder():
 
     with pytest.raises(ValueError, match="needs CLIP text encoders.*t5xxl"):
         describe_prompt(Clip(), "a person")
+
+
+def test_placeholders_are_seen_on_the_node(monkeypatch):
+    """The front end reads what it is sent as HTML, in which <person> would be a tag."""
+    sent = []
+    instance = SimpleNamespace(send_progress_text=lambda *words: sent.append(words))
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
+    monkeypatch.setitem(sys.modules, "server", server)
+    warn("<anna> & <bob>\nare here.", "7")
+    show("nobody", None)
+    assert sent == [("&lt;anna&gt; &amp; &lt;bob&gt;<br>are here.", "7")]
 
 
 def test_a_clip_whose_model_another_node_replaced(base_model, base_clip, person):
