@@ -85,6 +85,14 @@ def test_colors():
     assert len({tuple(c) for c in colors[:4].mul(50).round().tolist()}) == 4
 
 
+def test_spread_is_cut_off_at_both_ends():
+    """Of 101 values on a line, a tenth at either end has the outermost colour; between, it grows evenly."""
+    line = torch.arange(101.0)[:, None] * torch.tensor([2.0, 1.0, 0.0])
+    colors, _, _ = principal_colors(line, line[0], spread=0.1)
+    expected = ((torch.arange(101.0) - 10) / 80).clamp(0, 1)
+    torch.testing.assert_close(colors[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_equal_values_have_one_color():
     colors, _, _ = principal_colors(torch.ones(10, 30), torch.zeros(30))
     assert (colors == colors[0]).all()
@@ -226,8 +234,46 @@ def test_heat_is_bright_where_attention_is():
     assert x[16:32, 32:48].mean() > 2 * x[48:].mean()
 
 
-def test_owners_have_their_colors():
-    left = torch.zeros(4, 4)
-    left[:, :2] = 1
-    x = drawing.to_tensor(drawing.owner_map(torch.zeros(64, 64, 3), torch.stack([left, 1 - left]), width=64))
-    assert x[:, :16, 0].mean() > 2 * x[:, :16, 2].mean() and x[:, 48:, 2].mean() > 2 * x[:, 48:, 0].mean()
+def color(index):
+    return torch.tensor([int(drawing.MARKS[index][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def test_places_have_the_color_of_their_largest_share():
+    owner = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    part = torch.where(torch.arange(3)[:, None, None] == owner, 0.4, 0.3)
+    x = drawing.to_tensor(drawing.owner_map(torch.zeros(40, 60, 3), part, width=60))[10::20, 10::20]
+    likeness = torch.nn.functional.cosine_similarity(
+        x, torch.stack([color(i) for i in range(3)])[:, None, None], dim=-1
+    )
+    assert torch.equal(likeness.argmax(0), owner) and likeness.amax(0).min() > 0.999
+
+
+def test_places_of_a_layer_are_where_they_were():
+    """Row by row, the first at the top left."""
+    colors = torch.randint(0, 256, (6, 3)) / 255
+    x = drawing.to_tensor(drawing.color_map(colors, (2, 3), (30, 20)))
+    assert torch.equal(x, colors.view(2, 3, 3).repeat_interleave(10, 0).repeat_interleave(10, 1))
+
+
+def has_color(image, index):
+    return ((drawing.to_tensor(image) - color(index)).abs() < 1e-3).all(-1)
+
+
+def test_marks_are_at_their_points():
+    """x from the left, y from the top."""
+    image = drawing.with_marks(drawing.to_image(torch.zeros(100, 200, 3)), [(0.25, 0.2), (0.8, 0.7)])
+    for i, (row, column) in enumerate([(20, 50), (70, 160)]):
+        assert has_color(image, i).nonzero().float().mean(0).tolist() == pytest.approx([row, column], abs=2)
+
+
+def test_stems_are_as_high_as_their_weights():
+    """Each in the place of its token; those of the second point in its own plot and colour."""
+    weights = torch.zeros(2, 11)
+    weights[0, 3], weights[0, 8], weights[1, 5] = 0.8, 0.4, 0.8
+    image = figures.at_points(weights, 1)
+    first, second = (has_color(image, i).sum(0) for i in (0, 1))
+    every = drawing.stems(torch.ones(11), drawing.MARKS[0], (2 * drawing.PANEL + drawing.GAP, drawing.PANEL), 1.0)
+    places = has_color(every, 0).sum(0)
+    stems = [[i for i in range(len(x)) if x[i] > 50] for x in (places, first, second)]
+    assert stems[1] == [*stems[0][6:8], *stems[0][16:18]] and stems[2] == stems[0][10:12]
+    assert first[stems[1][0]] == pytest.approx(2 * first[stems[1][2]].item(), abs=8) == second[stems[2][0]]

@@ -24,7 +24,7 @@ def test_concat_both_ways(applied, base_model, sites, person):
 
 
 def test_concatenated_words_of_two_subjects_cannot_be_told_apart(base_model, base_clip, person, other, caplog):
-    """Their states are the same, and concatenation drops what tells them apart."""
+    """Their states are the same, concatenation drops what tells them apart, and encoding one again is no help."""
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", class_word="woman")
     model, clip = apply_subject(model, clip, other, placeholder="<bob>", class_word="woman")
     anna, bob, _, negative = (encode(clip, text) for text in ("a <anna>", "a <bob>", "a <bob>", "bad"))

@@ -143,7 +143,7 @@ def test_values_and_stems_are_the_equations(couple, sites, other):
 
 
 @pytest.mark.parametrize("picture", [0, 2, 9])
-def test_one_picture_of_a_batch(applied, sites, picture):
+def test_one_picture_of_a_batch(applied, sites, person, picture):
     model, clip = applied
     positive, negative = encode(clip, PROMPT), encode(clip, "bad")
     latent, row = noise(batch=3), min(picture, 2)
@@ -153,6 +153,8 @@ def test_one_picture_of_a_batch(applied, sites, picture):
         assert len(q) == 6
         torch.testing.assert_close(p, softmax_column(q[3 + row], k[3 + row], [2]).view(*size))
         assert torch.equal(recording.record.asked(layer, 0).q, q[3 + row].transpose(0, 1).flatten(1)) or step == 1
+    pictures = torch.rand(3, 32, 32, 3)
+    assert torch.equal(inspect(recording, person, pictures, layers="", points=[]).picture, pictures[row])
 
 
 def test_chunks_split_by_memory(applied, monkeypatch):
@@ -377,6 +379,26 @@ def test_every_view_is_drawn(inspected, view):
     x = inspected().draw(view)
     assert x.shape[0] == 1 and x.shape[3] == 3 and min(x.shape[1:3]) > 300
     assert len((x[0, ::4, ::4] * 15).round().flatten(0, 1).unique(dim=0)) > 20
+
+
+def test_chosen_layers_are_drawn(inspected):
+    """By parts of their names: all views show these alone, each subject's attention as the mean of its maps there."""
+    chosen = inspected(layers="middle")
+    record = chosen.recording.record
+    middle = [n for n, label in record.labels.items() if label.startswith("middle")]
+    assert chosen.layers == chosen.kept == middle and len(middle) == 2 < len(record.labels)
+    (_, steps), (_, layers) = chosen.attention("attention", None)
+    assert [label for label, _ in steps] == ["mean of all", "step 1 of 2", "step 2 of 2"]
+    assert [label for label, _ in layers] == [record.labels[n] for n in middle]
+    names, means = chosen.everyone()
+    assert names == ["<person>", "<dog>"]
+    for subject, mean in enumerate(means):
+        maps = {(step, n): record.maps[step, n, subject] for step in (1, 2) for n in middle}
+        torch.testing.assert_close(mean, sum(maps.values()) / 4)
+        if subject == chosen.number:
+            torch.testing.assert_close(steps[0][1], mean)
+            torch.testing.assert_close(steps[2][1], (maps[2, middle[0]] + maps[2, middle[1]]) / 2)
+            torch.testing.assert_close(layers[1][1], (maps[1, middle[1]] + maps[2, middle[1]]) / 2)
 
 
 def test_what_a_view_lacks_is_said(inspected, person):
