@@ -11,10 +11,19 @@ from scripts.workflow import read_graph
 NODE = next(n["id"] for n in read_graph(WORKFLOWS["inspect"])["nodes"] if n["type"] == "NestedAttentionInspect")
 
 
-@pytest.fixture(scope="module")
-def inspect(canvas, tmp_path_factory):
-    canvas.open(with_few_steps(WORKFLOWS["inspect"], tmp_path_factory.mktemp("workflow")))
+@pytest.fixture
+def inspect(canvas, tmp_path):
+    """The workflow with few steps, opened afresh."""
+    canvas.open(with_few_steps(WORKFLOWS["inspect"], tmp_path))
     return canvas
+
+
+@pytest.fixture
+def inspected(inspect):
+    """After a run."""
+    inspect.run()
+    inspect.picture(NODE)
+    return inspect
 
 
 def pick(canvas):
@@ -27,13 +36,11 @@ def test_before_a_run_it_says_what_to_do(inspect):
     expect(inspect.page.get_by_text("Queue the workflow once")).to_be_visible()
 
 
-def test_clicks_become_points(inspect):
-    inspect.run()
-    inspect.picture(NODE)
-    dialog = pick(inspect)
+def test_clicks_become_points(inspected):
+    dialog = pick(inspected)
     picture, marks = dialog.locator("img"), dialog.locator("div button")
     expect(marks).to_have_count(3)
-    inspect.page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
+    inspected.page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
     dialog.get_by_text("Clear").click()
     expect(marks).to_have_count(0)
     box = picture.bounding_box()
@@ -42,13 +49,13 @@ def test_clicks_become_points(inspect):
     marks.first.click()  # away with it
     expect(marks).to_have_count(1)
     dialog.get_by_text("Done").click()
-    x, y = map(float, inspect.widget(NODE, "points").input_value().split(","))
+    x, y = map(float, inspected.widget(NODE, "points").input_value().split(","))
     assert (x, y) == (pytest.approx(0.5, abs=0.01), pytest.approx(0.1, abs=0.01))
 
 
-def test_points_can_be_picked_after_the_graph_was_made_anew(inspect):
+def test_points_can_be_picked_after_the_graph_was_made_anew(inspected):
     """As undo and a change of the tab do."""
-    inspect.page.evaluate("() => window.app.loadGraphData(window.app.graph.serialize(), false)")
-    dialog = pick(inspect)
+    inspected.page.evaluate("() => window.app.loadGraphData(window.app.graph.serialize(), false)")
+    dialog = pick(inspected)
     expect(dialog.locator("img")).to_be_visible()
     dialog.get_by_text("Done").click()

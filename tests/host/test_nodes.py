@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
 import torch
-from comfy_api.latest._io import HiddenHolder
+from comfy_api.latest._io import Hidden, HiddenHolder
 from comfy_extras.nodes_mediapipe import FaceLandmarksType
 from sampling import encode, sample
 from small_models import make_adapter, make_clip_vision
@@ -45,6 +47,51 @@ PROMISES = {
         "NESTED_ADAPTER IMAGE IMAGE",
     ),
     "NestedAttentionSaveAdapter": ("adapter filename_prefix", ""),
+}
+
+
+def handed_on_by_train(
+    images, captions, crops, model, clip, vae, clip_vision, tokens, preview_every, preview_prompt, adapter, **same
+):
+    same = {name: value for name, value in same.items() if name not in ("name", "dataset")}  # a test of their own
+    previews = {"validate_every": preview_every, "validation_prompts": (preview_prompt,)}
+    return {
+        "store_pictures": {"images": images, "captions": [captions], "crops": crops},
+        "TrainingConfig": {"queries": tokens, "start_from": adapter.name, **previews, **same},
+        "Base": {"model": model, "clip": clip, "vae": vae, "clip_vision": clip_vision},
+        "train_in_graph": {"start": adapter, "node_id": "7"},
+    }
+
+
+# What a node's inputs become below it: functions that its module calls, in order, and what they are given. `same` are
+# inputs that keep their names.
+HANDED_ON = {
+    "NestedAttentionLoadAdapter": lambda adapter_name, **same: {"load_adapter": {"name": adapter_name, **same}},
+    "NestedAttentionEncodeSubject": lambda adapter, clip_vision, image, fit, images, mask: {
+        "encode": {"clip_vision": clip_vision, "images": image, "mask": mask, "how": fit, "config": adapter.config},
+        "subject_of": {"adapter": adapter, "photos": images},
+    },
+    "NestedAttentionApplySubject": lambda subject, **same: {
+        "apply_subject": {"bound": subject, "node_id": "7", **same}
+    },
+    "NestedAttentionAlignFace": lambda image, face_landmarks, without_face, **same: {
+        "find_faces": {"images": image, "landmarks": face_landmarks, **same}
+    },
+    "NestedAttentionCropSubject": lambda image, mask, x, y, width, height, **same: {
+        "area_of": {"mask": mask[0], "box": (x, y, width, height)},
+        "cut": {"image": image[0], **same},
+    },
+    "NestedAttentionCombineSubjects": lambda subject_a, subject_b, **same: {
+        "combine": {"a": subject_a.subject, "b": subject_b.subject, **same}
+    },
+    "NestedAttentionRecord": lambda limit_mb, **same: {
+        "record_model": {"limit": limit_mb << 20, "node_id": "7", **same}
+    },
+    "NestedAttentionInspect": lambda record, subject, points, photo, view, **same: {
+        "inspect": {"recording": record, "bound": subject, "points": [(0.1, 0.2)], "photos": photo, **same}
+    },
+    "NestedAttentionPromptInfo": lambda **same: {"describe_prompt": same},
+    "NestedAttentionTrain": handed_on_by_train,
 }
 
 
@@ -228,6 +275,61 @@ def test_crop_subject(preview):
     assert run(node, **inputs, **none, square=True, mask=masks)[0].shape == (2, 30, 30, 3)
     with pytest.raises(ValueError, match="The mask is empty"):
         run(node, **inputs, **none, square=True, mask=masks * 0)
+
+
+class Reached(Exception):
+    """What a node is for would begin."""
+
+
+@pytest.mark.parametrize("option", [-2, -1])
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_every_input_arrives(pack, adapter, name, option, monkeypatch, tmp_path):
+    """No two numbers or texts are alike, and of what can be chosen one option and another are tried."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    node, called = pack[name], {}
+    monkeypatch.setattr(node, "hidden", HiddenHolder.from_dict({Hidden.unique_id: "7"}), raising=False)
+    chosen = {"adapter": adapter, "adapter_name": "person.safetensors", "points": "0.1,0.2"}
+    chosen |= {each: SimpleNamespace(subject=object()) for each in ("subject_a", "subject_b")}
+    chosen |= {"record": SimpleNamespace(require_run=lambda *_: None)}
+    chosen |= {"dataset": "", "preview_prompt": "a class_word"}
+    kinds = {
+        "COMBO": lambda widget, i: widget.options[option],
+        "BOOLEAN": lambda widget, i: option == -1,
+        "INT": lambda widget, i: 8 * i,
+        "FLOAT": lambda widget, i: i / 64,
+        "STRING": lambda widget, i: widget.id,
+        "IMAGE": lambda socket, i: torch.rand(1, 128, 128, 3),
+        "MASK": lambda socket, i: torch.ones(1, 128, 128),
+        "CLIP_VISION": lambda socket, i: make_clip_vision(),
+    }
+    inputs = {
+        each.id: chosen[each.id] if each.id in chosen else kinds.get(each.io_type, lambda *_: object())(each, i)
+        for i, each in enumerate(node.define_schema().inputs, 1)
+    }
+    expected = HANDED_ON[name](**inputs)
+
+    def listening(name, function):
+        def listen(*args, **kwargs):
+            signature = inspect.signature(function)
+            given = signature.bind(*args, **kwargs).arguments
+            others = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+            called[name] = {**given, **(given[others[0]] if others else {})}
+            if name == [*expected][-1]:
+                raise Reached
+            return function(*args, **kwargs)
+
+        return listen
+
+    module = sys.modules[node.__module__]
+    for function in expected:
+        monkeypatch.setattr(module, function, listening(function, getattr(module, function)))
+    with pytest.raises(Reached):
+        node.execute(**inputs)
+    for function, arguments in expected.items():
+        for argument, value in arguments.items():
+            given = called[function][argument]
+            same = torch.equal(given, value) if isinstance(value, torch.Tensor) else given == value
+            assert same, (function, argument, given, value)
 
 
 def test_combine(pack, adapter):

@@ -88,7 +88,7 @@ def test_a_pack_that_samples_several_times_in_one_run(applied, base_model, base_
 
 
 def test_interrupt_while_projecting(applied, monkeypatch):
-    """Not only once the sampler is reached, which looks for it too."""
+    """Before any layer is: operations of the host look for it too, but only once one has begun."""
     counted = count_projections(monkeypatch)
     model, clip = applied
     positive, negative = encode(clip, PROMPT), encode(clip, "bad")

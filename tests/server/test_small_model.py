@@ -10,11 +10,16 @@ from PIL import Image
 from served import SMALL, change, ids, pixels_of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quickstart(studio):
-    """Its prompt, and what it draws."""
-    prompt = studio.prompt("quickstart")
-    return prompt, [pixels_of(png) for png in studio.client.run(prompt)]
+    """Its prompt, for a test to change."""
+    return studio.prompt("quickstart")
+
+
+@pytest.fixture(scope="module")
+def drawn(studio):
+    """What the quickstart draws."""
+    return [pixels_of(png) for png in studio.client.run(studio.prompt("quickstart"))]
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "quickstart"])
@@ -25,25 +30,21 @@ def test_it_runs_and_saves_pictures_with_something_in_them(studio, name):
     assert all(picture.std() > 10 for picture in pictures)
 
 
-def test_the_subject_is_drawn_and_its_word_alone_is_not(studio, quickstart):
-    prompt, drawn = quickstart
+def test_the_subject_is_drawn_and_its_word_alone_is_not(studio, quickstart, drawn):
     assert len(drawn) == 3
-    for number in range(len(ids(prompt, "NestedAttentionApplySubject"))):
-        change(prompt, "NestedAttentionApplySubject", number, strength=0.0)
-    plain = [pixels_of(png) for png in studio.client.run(prompt)]
+    for number in range(len(ids(quickstart, "NestedAttentionApplySubject"))):
+        change(quickstart, "NestedAttentionApplySubject", number, strength=0.0)
+    plain = [pixels_of(png) for png in studio.client.run(quickstart)]
     assert all(difference(a, b) > 6 for a, b in zip(drawn, plain, strict=True))
 
 
-def test_another_photo_is_another_person(studio, quickstart):
-    prompt, drawn = quickstart
-    for number in range(len(ids(prompt, "NestedAttentionApplySubject"))):
-        change(prompt, "NestedAttentionApplySubject", number, strength=1.0)
-    photo = prompt[ids(prompt, "LoadImage")[0]]["inputs"]["image"]
-    change(prompt, "LoadImage", image="studio_person_2.png")
-    other = [pixels_of(png) for png in studio.client.run(prompt)]
+def test_another_photo_is_another_person(studio, quickstart, drawn):
+    photo = quickstart[ids(quickstart, "LoadImage")[0]]["inputs"]["image"]
+    change(quickstart, "LoadImage", image="studio_person_2.png")
+    other = [pixels_of(png) for png in studio.client.run(quickstart)]
     assert all(difference(a, b) > 6 for a, b in zip(drawn, other, strict=True))
-    change(prompt, "LoadImage", image=photo)
-    again = [pixels_of(png) for png in studio.client.run(prompt)]
+    change(quickstart, "LoadImage", image=photo)
+    again = [pixels_of(png) for png in studio.client.run(quickstart)]
     assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
 
 
@@ -60,9 +61,8 @@ def test_each_of_two_people_is_drawn_in_the_own_place(studio):
 
 def test_a_picture_carries_its_workflow(studio, quickstart):
     """So that it can be dropped on the canvas."""
-    prompt, _ = quickstart
-    change(prompt, "KSampler", seed=5)
-    png = studio.client.run(prompt)[0]
+    change(quickstart, "KSampler", seed=5)
+    png = studio.client.run(quickstart)[0]
     assert "NestedAttentionApplySubject" in Image.open(io.BytesIO(png)).info["prompt"]
 
 
