@@ -34,13 +34,15 @@ CHANGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m studio", description=__doc__)
-    parser.add_argument("stages", nargs="*", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="all by default")
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of what is made on the way")
     parser.add_argument("--weights", type=Path, default=HERE.parent / "weights", help="folder of what ships")
     parser.add_argument("--steps", type=int, help="of each training, in place of its own number")
     parser.add_argument("--cases", type=int, default=100, help="subjects of each table of the evidence, 152 at most")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; all by default")
     given = parser.parse_args()
+    if unknown := set(given.stages) - set(STAGES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     find_host()
     import torch
     from comfy.cli_args import args
@@ -49,7 +51,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     with joined("gloo"):
-        for stage in given.stages:
+        for stage in given.stages or STAGES:
             print(f"== {stage}", flush=True)
             STAGES[stage](given)
 
@@ -135,7 +137,7 @@ def trained(given: argparse.Namespace, name: str, part: float = 1.0, **changes: 
 
     from .adapters import train_adapter
 
-    long, before = round(part * steps(given, "adapter")), steps(given, "start")
+    long, before = max(1, round(part * steps(given, "adapter"))), steps(given, "start")
     return train_adapter(
         world(given), load_studio(given.weights), "people", given.work, long, before, name=name, **changes
     )

@@ -67,7 +67,7 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
         findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         cases=count(found["people"]),
         pairs_of_people=count(found["two-people"]),
-        part=round(part * steps["adapter"]),
+        part=max(1, round(part * steps["adapter"])),
         concentration=concentration(tops),
         **steps,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from random import Random
 
@@ -13,12 +14,12 @@ import torch
 
 from nested_attention.files import load_adapter
 from nested_attention.host.studio import load_studio
+from studio import __main__ as command
 from studio import (
     adapters,
     compare,
     evidence,
     export,
-    inside,
     judge,
     looking,
     loop,
@@ -42,14 +43,17 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         noise = np.random.default_rng(0).integers(0, 255, (64, pictures.SIDE, pictures.SIDE, 4), np.uint8)
         patch.setattr(pictures, "render", lambda jobs, path, side=128: noise[np.arange(len(jobs)) % len(noise)])
-        patch.setattr(pictures, "IDENTITIES", {"people": 12, "animals": 12})
-        patch.setattr(pictures, "HELD_OUT", 4)
+        patch.setattr(pictures, "IDENTITIES", {"people": 16, "animals": 16})
+        patch.setattr(pictures, "HELD_OUT", 8)
+        patch.setattr(pictures, "PHOTOGRAPHED", {"people": {"studio_person": 9}, "animals": {"studio_pet": 9}})
         patch.setattr(pictures, "PLACES", 2)
         patch.setattr(evidence, "CANDIDATES", 3)
         patch.setattr(evidence, "DRAWN_BEFORE", 0)
         patch.setattr(evidence, "STEPS", 2)
         patch.setattr(compare, "STRENGTHS", (1.0, 1.5))
         patch.setattr(compare, "SHOWN", 1)
+        for module in (train_base, train_text, train_vision, judge, warm_start):
+            patch.setattr(module, "BATCH", 8)
         yield scenes.World(tmp_path_factory.mktemp("pictures"))
 
 
@@ -248,32 +252,29 @@ def test_two_subjects_are_drawn_and_scored(world, base, trained):
     assert row["identity"] == pytest.approx([(person + pet) / 2])
 
 
-def test_the_whole_page_from_a_few_steps(world, base, trained, tmp_path):
-    """All tables, figures and numbers of docs/evidence.md, from adapters that learned nothing."""
-    files = {kind: trained(kind) for kind in adapters.CLASSES}
-    ways = {
-        "person": files["people"],
-        "single": trained("people", name="single", queries=1),
-        "decoupled": trained("people", **DECOUPLED),
-    }
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    comparison = compare.Comparison(world, base, judge.Judge().eval(), tmp_path, docs, 1)
-    for seed in (0, 1):
-        comparison.people(seed, ways if seed == 0 else {way: ways[way] for way in ("person", "decoupled")})
-    comparison.pets(files["animals"])
-    comparison.pairs(files["people"], files["animals"])
-    replace(comparison, count=4).two_people(files["people"])
-    pairs = len(evidence.pairs_of(evidence.cases(world, 4)))
-    comparison.training(dict.fromkeys(("as it ships", "8 tokens"), files["people"]))
-    comparison.drawing(files["people"], evidence.without_lookup(files["people"], tmp_path / "alike.safetensors"))
-    tops = inside.inside(base, files["people"], evidence.cases(world, 1), docs / "inside.png")
-    assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
-    (tmp_path / "concentration.json").write_text(json.dumps(tops))
-    (tmp_path / "findings.md").write_text("What comes out.")
+def test_the_whole_command(world, tmp_path, monkeypatch):
+    """`python -m studio`: all stages with one step of each training, and the page that comes out in the end."""
+    results, docs, weights = tmp_path / "studio" / "results", tmp_path / "docs", tmp_path / "weights"
+    for folder in (results, docs, tmp_path / "assets"):
+        folder.mkdir(parents=True)
+    (results / "findings.md").write_text("What comes out.")
     readme = tmp_path / "README.md"
     readme.write_text(f"Before.\n{report.BEGIN} stale {report.END}\nAfter.")
-    page = report.report(tmp_path, docs, dict.fromkeys(("judge", "adapter", "start"), 100), 0.25).read_text()
+    options = {"steps": 1, "cases": 4, "work": tmp_path / "work", "weights": weights}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["studio", *arguments])
+    monkeypatch.setattr(command, "HERE", tmp_path / "studio")
+    monkeypatch.setattr(command, "find_host", lambda: None)  # it is found already
+    command.main()
+
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == {"studio_person.png", "studio_pet.png"}
+    assert {path.name for path in (weights / "adapters").iterdir()} == {
+        "studio_person.safetensors",
+        "studio_pet.safetensors",
+    }
+    tops = json.loads((results / "concentration.json").read_text())
+    assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
+    page, short = (docs / "evidence.md").read_text(), readme.read_text()
     assert all(
         row in page
         for row in (
@@ -283,8 +284,8 @@ def test_the_whole_page_from_a_few_steps(world, base, trained, tmp_path):
             "| three photos | 1.0 |",
         )
     )
-    assert "What comes out." in page and "for 25 steps" in page and f"out of one of {pairs} pictures" in page
-    short = readme.read_text()
+    pairs = len(evidence.pairs_of(evidence.cases(world, 4)))
+    assert "What comes out." in page and "trained for 1 steps" in page and f"out of one of {pairs} pictures" in page
     assert short.startswith("Before.") and short.endswith("After.") and "stale" not in short
     assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
     for picture in ("evidence", "people", "pairs", "two_people", "drawing", "inside"):
