@@ -17,7 +17,7 @@ from nested_attention.training.processes import joined
 
 HERE = Path(__file__).parent
 STEPS = {
-    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 800, "judge": 2000,
+    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 800, "judge": 4000,
 }  # fmt: skip
 SEEDS = (0, 1)
 PART = 0.125  # of the steps, for the ablations
@@ -144,7 +144,7 @@ def trained(given: argparse.Namespace, name: str, part: float = 1.0, **changes: 
 
 
 def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
-    """The other ways to personalize, and the two that come near each other once more from another seed."""
+    """All ways to personalize, from two seeds each."""
     from .rivals import DecoupledObjective
 
     ways = {"person": {}, "decoupled": {"objective": DecoupledObjective, "value_share": 0.0}, "single": {"queries": 1}}
@@ -152,7 +152,6 @@ def rivals(given: argparse.Namespace) -> dict[tuple[str, int], Path]:
         (way, seed): trained(given, f"{way}-{seed}" if seed else way, seed=seed, **changes)
         for seed in SEEDS
         for way, changes in ways.items()
-        if seed == 0 or way != "single"
     }
 
 

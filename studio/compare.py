@@ -55,8 +55,8 @@ class Comparison:
 
     def people(self, seed: int, files: Mapping[str, Path]) -> None:
         """One person, by each way to personalize, trained from this seed, over strengths."""
-        ways = {"nested": nested(files["person"]), "decoupled": decoupled(files["decoupled"])}
-        ways |= {"single": nested(files["single"])} if "single" in files else {}
+        person, other, single = (files[way] for way in ("person", "decoupled", "single"))
+        ways = {"nested": nested(person), "decoupled": decoupled(other), "single": nested(single)}
         self.score("people", self.plain | ways if seed == 0 else ways, PEOPLE, seed=seed)
         if seed == 0:
             shown = {f"nested {s:g}": (ways["nested"], s) for s in (0.5, 1.0, 1.5)}

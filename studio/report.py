@@ -241,8 +241,8 @@ the scores behind it lie in `studio/results/`.
 
 *Nested attention* is this pack's node: 32 tokens, the image encoder's last layer, `norm` off, `value_share` 0.15.
 *Decoupled cross-attention* is IP-Adapter's way: attention over the same Q-Former's tokens is added to the text's
-everywhere. *Single token* is one value for the word in each layer, the same at every place. The first two were
-trained twice after one warm start, from two seeds; a case's score is the mean of the two.
+everywhere. *Single token* is one value for the word in each layer, the same at every place. Each was trained twice,
+from two seeds, after one warm start for each number of tokens; a case's score is the mean of the two.
 
 {people}
 
