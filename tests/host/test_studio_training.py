@@ -52,8 +52,6 @@ def world(tmp_path_factory):
         patch.setattr(evidence, "STEPS", 2)
         patch.setattr(compare, "STRENGTHS", (1.0, 1.5))
         patch.setattr(compare, "SHOWN", 1)
-        for module in (train_base, train_text, train_vision, judge, warm_start):
-            patch.setattr(module, "BATCH", 8)
         yield scenes.World(tmp_path_factory.mktemp("pictures"))
 
 
@@ -265,6 +263,8 @@ def test_the_whole_command(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["studio", *arguments])
     monkeypatch.setattr(command, "HERE", tmp_path / "studio")
     monkeypatch.setattr(command, "find_host", lambda: None)  # it is found already
+    for module in (train_base, train_text, train_vision, judge, warm_start):
+        monkeypatch.setattr(module, "BATCH", 8)
     command.main()
 
     assert {path.name for path in (tmp_path / "assets").iterdir()} == {"studio_person.png", "studio_pet.png"}
