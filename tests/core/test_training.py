@@ -2,11 +2,8 @@
 
 import ast
 import copy
-import json
 import math
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,12 +17,9 @@ import torch
 from toy_training import Recording, make_trainer, settings
 
 from nested_attention.training.checkpoint import load_checkpoint, save_checkpoint
-from nested_attention.training.config import TrainingError, from_arguments
-from nested_attention.training.entries import Entry
+from nested_attention.training.config import TrainingError
 from nested_attention.training.loss import diffusion_loss, loss_weight, snr_of
-from nested_attention.training.pictures import bucket_sizes, cover, nearest_bucket
 from nested_attention.training.progress import loss_curve, read_losses
-from nested_attention.training.samples import Plan
 from nested_attention.training.troubles import BrokenEntry
 
 ROOT = Path(__file__).parents[2]
@@ -279,53 +273,6 @@ def test_a_gradient_that_is_no_number_stops(tmp_path):
         trainer.run()
 
 
-def test_few_pictures_of_an_aspect_join_the_nearest():
-    entries = [Entry(Path(f"{i}.png"), "", (64, 64)) for i in range(9)] + [Entry(Path("wide.png"), "", (128, 64))]
-    for batch, buckets in ((1, 2), (2, 2), (4, 1)):
-        plan = Plan(entries, settings(Path("anywhere"), batch=batch), 1)
-        assert len(plan.buckets) == buckets
-        drawn = [row.entry for number in range(plan.batches_per_epoch) for row in plan.rows(number)]
-        assert set(drawn) == set(range(10)) and max(map(drawn.count, drawn)) <= 2
-
-
-def test_each_epoch_trains_on_every_entry():
-    entries = [Entry(Path(f"{i}.png"), "", (100 + 40 * (i % 3), 120)) for i in range(17)]
-    config = settings(Path("anywhere"), seed=3)
-    plan = Plan(entries, config, 1)
-    assert len(plan.buckets) == 3
-    for epoch in range(3):
-        numbers = range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch)
-        batches = [plan.rows(number) for number in numbers]
-        assert all(len({row.bucket for row in rows}) == 1 for rows in batches)
-        assert {row.entry for rows in batches for row in rows} == set(range(17))
-    again = Plan(entries, config, 1)
-    assert plan.rows(11) == again.rows(11)
-    assert len({row.seed for number in range(20) for row in plan.rows(number)}) == 40
-
-
-def test_only_the_whole_word_is_the_subject():
-    config = settings(Path("anywhere"))
-    assert config.subject_caption("personal items of a Person, a person") == "personal items of a <person>, a person"
-    with pytest.raises(ValueError, match="'a personal trainer' holds neither <person> nor the word person"):
-        config.subject_caption("a personal trainer")
-
-
-def test_buckets_are_of_the_pictures_aspects():
-    """By the factor between two: 0.685 is nearer to 448 : 576 (0.778) than to 384 : 640 (0.6), and lying likewise."""
-    sizes = bucket_sizes(512)
-    assert sizes == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
-    cases = {(3000, 2900): (512, 512), (90, 60): (640, 384), (685, 1000): (448, 576), (1000, 685): (576, 448)}
-    assert {size: nearest_bucket(size, sizes) for size in cases} == cases
-    assert nearest_bucket((50, 50), [(64, 64), (128, 128), (96, 96)]) == (128, 128)
-
-
-def test_a_picture_that_is_too_long_keeps_its_middle():
-    picture = torch.rand(1, 90, 30, 3)
-    assert torch.equal(cover(picture, (30, 30)), picture[:, 30:60])
-    lying = picture.transpose(1, 2)
-    assert torch.equal(cover(lying, (30, 30)), lying[:, :, 30:60])
-
-
 def rows_of(picture, color):
     """The mean row of a color's pixels in each quarter of the plot, from left to right."""
     rows, columns = np.nonzero((np.asarray(picture)[51:349, 51:749] == color).all(-1))
@@ -360,73 +307,3 @@ def test_losses_are_those_of_each_target():
         torch.testing.assert_close(plain, error.mean().to(plain), rtol=1e-3, atol=1e-4, msg=name)
     capped = loss_weight(sigma, snr_of(torch.ones_like(sigma), sigma), 5.0)
     torch.testing.assert_close(capped * sigma**2, (sigma**-2).clamp_max(5) / sigma**-2)  # min(snr, 5) / snr on epsilon
-
-
-def test_settings_from_a_file_and_options(tmp_path):
-    values = {"data": "d", "output": "o", "text_encoders": ["l", "g"], "steps": 7}
-    (tmp_path / "a.json").write_text(json.dumps(values))
-    config = from_arguments(["--config", str(tmp_path / "a.json"), "--steps", "9", "--no-buckets", "--norm", "off"])
-    assert (config.steps, config.text_encoders, config.buckets, config.norm) == (9, ("l", "g"), False, "off")
-    if sys.version_info >= (3, 11):
-        (tmp_path / "a.toml").write_text('data = "d"\noutput = "o"\nlearning_rate = 1e-3\n')
-        assert from_arguments(["--config", str(tmp_path / "a.toml")]).learning_rate == 1e-3
-    for text, problem in (("{", "cannot be read"), ('{"dat": 1}', "dat"), ('{"data": "d"}', "missing: output")):
-        (tmp_path / "b.json").write_text(text)
-        with pytest.raises(TrainingError, match=problem):
-            from_arguments(["--config", str(tmp_path / "b.json")])
-    (tmp_path / "b.json").write_text(r'{"data": "D:\pictures"}')
-    with pytest.raises(TrainingError, match="cannot be read.*Write paths with /"):
-        from_arguments(["--config", str(tmp_path / "b.json")])
-    for extra, problem in (
-        (["--norm", "rescale"], "sets their size"),
-        (["--start-from", "a", "--norm", "off"], "keeps"),
-    ):
-        with pytest.raises(TrainingError, match=problem):
-            from_arguments(["--data", "d", "--output", "o", "--value-share", "0.1", *extra])
-    for values, problem in (
-        ({"validation_prompts": "a <person>"}, "validation_prompts is 'a <person>', expected a list of texts"),
-        ({"validation_prompts": ["a dog"]}, "preview_prompt.*'a dog' holds neither <person> nor the word person"),
-        ({"steps": "1000"}, "steps is '1000', expected a whole number"),
-        ({"learning_rate": True}, "learning_rate is True, expected a number"),
-        ({"buckets": 1}, "buckets is 1, expected true or false"),
-        ({"holdout": -1}, "holdout is -1, expected 0 or more"),
-    ):
-        (tmp_path / "c.json").write_text(json.dumps({"data": "d", "output": "o", **values}))
-        with pytest.raises(TrainingError, match=problem):
-            from_arguments(["--config", str(tmp_path / "c.json")])
-    with pytest.raises(TrainingError, match="batch is 0"):
-        from_arguments(["--data", "d", "--output", "o", "--batch", "0"])
-
-
-def test_comfyui_is_found_above_the_pack(tmp_path):
-    pack, comfy = tmp_path / "ComfyUI" / "custom_nodes" / "pack", tmp_path / "ComfyUI" / "comfy"
-    shutil.copytree(ROOT / "nested_attention", pack / "nested_attention")
-    environment = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "PYTHONPATH")}
-
-    def python(*command):
-        return subprocess.run([sys.executable, *command], cwd=pack, env=environment, capture_output=True, text=True)
-
-    without = python("-m", "nested_attention.training", "--data", "d", "--output", "o")
-    assert "Training stopped: ComfyUI was not found. Set COMFYUI_PATH to its folder." in without.stderr
-    assert without.returncode == 1
-    comfy.mkdir()
-    (comfy / "sd.py").write_text("")
-    (comfy / "cli_args.py").write_text("class args:\n    cpu = None\n")
-    find = (
-        "from nested_attention.training.__main__ import find_host; find_host(); import comfy.sd, comfy.cli_args as c; "
-    )
-    found = python("-c", find + "print(comfy.sd.__file__, c.args.cpu, sep='\\n')")
-    cpu = not getattr(torch, "accelerator", torch.cuda).is_available()
-    assert found.stdout.splitlines() == [str(comfy / "sd.py"), str(cpu)], found.stderr
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_ends(number):
-    program = (
-        "import os; from nested_attention.training.__main__ import stop_signal; stop = stop_signal(); "
-        f"ask = lambda: os.kill(os.getpid(), {number:d}); print(stop(), flush=True); "
-        "ask(); print(stop(), flush=True); ask(); print('goes on')"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (ended.stdout.split(), ended.returncode) == (["False", "True"], -number), ended.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import replace
 
 import comfy.model_sampling
@@ -17,7 +16,7 @@ from PIL import Image
 from reference import nested_attention
 from sampling import guide, noise, sample
 from small_models import make_model
-from small_training import exact, losses, make_base, make_data, make_reader, samples_of, save_picture, settings
+from small_training import exact, losses, make_base, make_data, make_reader, samples_of, settings
 
 from nested_attention.files import load_adapter, read_tensors, save_adapter
 from nested_attention.host import patch
@@ -28,12 +27,11 @@ from nested_attention.host.base import DTYPES, attention_at, checkpointed, fresh
 from nested_attention.host.images import encode
 from nested_attention.host.layers import cross_attention_sites
 from nested_attention.host.objective import DiffusionObjective, told_sizes
-from nested_attention.host.train import make_adapter, split, train
+from nested_attention.host.train import make_adapter, train
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
-from nested_attention.training.config import TrainingError, from_arguments
+from nested_attention.training.config import TrainingError
 from nested_attention.training.entries import read_dataset
-from nested_attention.training.pictures import cover, cut, picture_size, read_picture
 from nested_attention.training.samples import Plan, Row, Sample
 from nested_attention.training.trainer import Projector
 from nested_attention.training.troubles import Troubles
@@ -343,73 +341,6 @@ def test_min_snr_caps_the_weight_of_little_noise(base, folder, monkeypatch, kind
     torch.testing.assert_close(objective.weight(torch.tensor(sigma)), torch.tensor([5.0, 0.25]))
 
 
-BROKEN = {
-    '{"image": "gone.png", "caption": "a person"}': "gone.png",
-    '{"image": "0.png"}': "caption",
-    '{"image": "0.png", "caption": "a cat"}': "neither <person> nor the word person",
-    '{"image": "0.png", "caption": "a person", "box": [5, 5, 5, 9]}': "box .* is empty or outside",
-    '{"image": "0.png", "caption": "a person", "box": "all"}': "is not .left, top",
-    '{"image": "0.png", "caption": "a person", "crop": "gone.png"}': "gone.png",
-    '{"image": "0.png", "caption": "a person", "crop": 5}': "crop 5 is no name of a file",
-    '{"image": "0.png", "caption": "a person", "boxes": []}': "unknown keys boxes",
-    '{"image": "text.png", "caption": "a person"}': "text.png",
-    '{"image": "0.png", "caption": ': "line 10",
-    '"0.png"': "expected an object",
-    '{"image": "0.png", "caption": "a person \\ud83d"}': "surrogates not allowed",
-    "[" * 10**5: "recursion",
-    '{"image": "huge.png", "caption": "a person"}': "13000 x 13000 pixels is too large",
-    '{"image": "line.png", "caption": "a person"}': "300 x 1 pixels is too narrow",
-    '{"image": "drawing.png", "caption": "a person"}': "cannot identify image file",
-}
-
-
-def test_every_kind_of_broken_entry_is_named(folder, tmp_path, caplog):
-    save_picture(tmp_path / "0.png", 0)
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # for which programs run
-    Image.new("1", (13000, 13000)).save(tmp_path / "huge.png")
-    Image.new("L", (300, 1)).save(tmp_path / "line.png")
-    good = '{"image": "0.png", "caption": "A Person reads", "box": [2, 3, 20, 30]}'
-    data = tmp_path / "data.jsonl"
-    data.write_bytes("\n".join([*BROKEN, good, ""]).encode() + b'{"image": "0.png", "caption": "\xff"}\n')
-    config = settings(tmp_path, data=str(data), on_error="skip")
-    troubles = Troubles("skip")
-    [entry] = read_dataset(config, troubles)
-    assert (entry.caption, entry.box, entry.size) == ("A <person> reads", (2, 3, 20, 30), (48, 40))
-    assert troubles.count == len(BROKEN) + 1
-    for i, problem in enumerate(BROKEN.values()):
-        with pytest.raises(TrainingError, match=problem):
-            data.write_text(list(BROKEN)[i] if i != 9 else "\n" * 9 + list(BROKEN)[i])
-            read_dataset(config, Troubles("stop"))
-    with pytest.raises(TrainingError, match="no usable entry"):
-        read_dataset(config, Troubles("skip"))
-
-
-@pytest.mark.parametrize(
-    "exif",
-    [
-        [(0x0112, 2, b"6\0\0\0")],  # an orientation in letters
-        [(0x0100, 2, b"80\0\0"), (0x0112, 3, struct.pack("<HH", 6, 0))],  # a width in letters
-    ],
-)
-def test_odd_exif_is_a_broken_picture_at_most(tmp_path, exif):
-    entries = b"".join(struct.pack("<HHI", tag, kind, 1 if kind == 3 else 2) + value for tag, kind, value in exif)
-    data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(exif)) + entries + bytes(4)
-    Image.new("RGB", (80, 40)).save(tmp_path / "odd.jpg", exif=data)
-    for read in (picture_size, read_picture):
-        try:
-            read(tmp_path / "odd.jpg")
-        except (OSError, ValueError) as error:  # what names an entry and leaves it out
-            print(error)
-
-
-def test_what_is_held_out_is_not_trained_on(folder):
-    config = settings(folder, holdout=1)
-    entries = read_dataset(config, Troubles("stop"))
-    trained, held = split(entries, config)
-    assert len(held) == 1 and held[0] not in trained and {*trained, *held} == {*entries}
-
-
 def test_dropped_subjects_are_nobody(base, folder):
     objective, _, samples = objective_of(base, settings(folder))
     nobody = [replace(sample, subject=False) for sample in samples]
@@ -434,50 +365,6 @@ def test_latents_are_at_the_scale_of_sampling(base, folder):
     assert torch.equal(objective.latent(sample).cpu(), base.model.model.process_latent_in(encoded).cpu())
 
 
-def test_a_box_is_cut_from_its_picture(tmp_path):
-    """Left, top, right and bottom, of the picture as it is displayed: here the file lies on its side."""
-    pixels = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    shown = pixels.flip(0).transpose(0, 1)  # orientation 6: a quarter turn clockwise
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels.numpy()).save(tmp_path / "0.png", exif=exif)
-    (tmp_path / "data.jsonl").write_text('{"image": "0.png", "caption": "a person", "box": [5, 10.2, 30, 49.8]}')
-    config = settings(tmp_path, data=str(tmp_path / "data.jsonl"))
-    [entry] = read_dataset(config, Troubles("stop"))
-    assert entry.size == picture_size(tmp_path / "0.png") == (40, 60)
-    sample = make_reader([entry], config)(Row(0, (32, 32), 0))
-    torch.testing.assert_close(sample.crop[0], shown[10:50, 5:30] / 255)
-    assert sample.size == (40, 60) and torch.equal(sample.picture, cover(shown[None] / 255, (32, 32)))
-
-
-def test_a_box_in_the_last_half_pixel():
-    assert cut(torch.rand(1, 40, 100, 3), (99.6, 39.7, 100, 40)).shape == (1, 1, 1, 3)
-
-
-def test_what_is_no_data_set(tmp_path):
-    for name in ("pictures.csv", "pictures.tgz"):
-        (tmp_path / name).write_text("a,b")
-        with pytest.raises(TrainingError, match="expected a folder of pictures, a .jsonl file, or .tar shards"):
-            read_dataset(settings(tmp_path, data=str(tmp_path / name)), Troubles("skip"))
-
-
-def test_sixteen_bits_are_not_white(tmp_path):
-    ramp = torch.arange(0, 65536, 256, dtype=torch.int32).reshape(16, 16)
-    Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "ramp.png")
-    picture = read_picture(tmp_path / "ramp.png")
-    torch.testing.assert_close(picture[0, ..., 0], ramp / 65535, rtol=0, atol=0.005)
-
-
-def test_files_with_a_byte_order_mark(tmp_path):
-    """As Windows' editors write them."""
-    save_picture(tmp_path / "0.png", 0)
-    (tmp_path / "0.txt").write_text("a <person>", encoding="utf-8-sig")
-    [entry] = read_dataset(settings(tmp_path, data=str(tmp_path)), Troubles("stop"))
-    assert entry.caption == "a <person>"
-    (tmp_path / "a.json").write_text('{"data": "d", "output": "o"}', encoding="utf-8-sig")
-    assert from_arguments(["--config", str(tmp_path / "a.json")]).data == "d"
-
-
 def test_parentheses_of_a_caption_are_no_weights(base, folder, monkeypatch):
     objective, _, [sample, *_] = objective_of(base, settings(folder))
     seen = []
@@ -499,63 +386,6 @@ def test_a_checkpointed_projection_has_the_same_gradients(base, folder):
         sum(x.square().sum() for pair in Projector(adapter, checkpointing)(features) for x in pair).backward()
         found.append([p.grad.clone() for p in adapter.parameters() if p.grad is not None])
     assert len(found[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_broken_files_in_a_folder(tmp_path, caplog):
-    make_data(tmp_path, count=3)
-    data = tmp_path / "data"
-    save_picture(data / "alone.png", 5)
-    (data / "1.txt").write_bytes(b"\xff\xfe\x00")
-    (data / "2.png").write_bytes((data / "2.png").read_bytes()[:-40])  # its header is whole
-    save_picture(data / "0.subject.png", 9, size=(16, 24))
-    for left in ("__MACOSX/._0.png", "._0.png", ".ipynb_checkpoints/0-checkpoint.png"):  # no pictures, and not counted
-        (data / left).parent.mkdir(exist_ok=True)
-        (data / left).write_bytes(b"Mac OS X")
-    config = settings(tmp_path, on_error="skip")
-    troubles = Troubles("skip")
-    entries = read_dataset(config, troubles)
-    assert [e.image.name for e in entries] == ["0.png", "2.png"] and troubles.count == 2
-    assert "alone.png: no caption beside it (expected alone.txt)" in caplog.text
-    reader = make_reader(entries, config)
-    read = [s for number in range(3) for s in samples_of(reader, number)]
-    assert {s.row.entry for s in read} == {0} and reader.troubles.count == 1 and "2.png" in caplog.text
-    assert read[0].crop.shape == (1, 24, 16, 3) and read[0].picture.shape[1:3] == read[0].row.bucket[::-1]
-    with pytest.raises(TrainingError, match="2.png"):
-        strict = make_reader(entries, settings(tmp_path))
-        [samples_of(strict, number) for number in range(3)]
-
-
-def test_a_broken_picture_alone_in_its_bucket(base, tmp_path, caplog):
-    """Also where it is the one to validate on."""
-    make_data(tmp_path, count=3)
-    broken = tmp_path / "data" / "2.png"
-    save_picture(broken, 2, size=(80, 40))
-    broken.write_bytes(broken.read_bytes()[:-40])
-    common = {"on_error": "skip", "batch": 1}
-    entries = read_dataset(settings(tmp_path), Troubles("stop"))
-    apart = (settings(tmp_path, holdout=1, output=str(tmp_path / "apart"), seed=i, **common) for i in range(20))
-    for config in (
-        settings(tmp_path, **common),
-        next(config for config in apart if split(entries, config)[1][0].image == broken),
-    ):
-        assert train(config, base) and "2.png" in caplog.text
-        caplog.clear()
-
-
-def test_pictures_of_any_kind(tmp_path):
-    from nested_attention.training.pictures import at_most, cover, picture_size, read_picture, vary
-
-    for mode, channels in {"L": 3, "RGB": 3, "RGBA": 4, "P": 3, "LA": 4, "CMYK": 3}.items():
-        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (30, 20)).save(path)
-        picture = read_picture(path)
-        assert picture.shape == (1, 20, 30, channels) and picture_size(path) == (30, 20)
-        assert cover(picture, (16, 24)).shape == (1, 24, 16, channels)
-        assert at_most(picture, 15).shape == (1, 10, 15, channels) and at_most(picture, 30) is picture
-        varied = vary(picture, 1.0, torch.Generator().manual_seed(0))
-        assert varied.shape == picture.shape and 0 <= varied.min() <= varied.max() <= 1
-    picture = torch.rand(1, 20, 30, 3)
-    assert torch.allclose(vary(picture, 0.0, torch.Generator().manual_seed(0)), picture, atol=1e-5)
 
 
 def test_the_command(base, folder, tmp_path, monkeypatch):
