@@ -1,7 +1,7 @@
-"""Makes the pictures that ComfyUI's template gallery shows: each workflow of the small model, run as it is.
+"""Makes the pictures that ComfyUI's template gallery shows: beside workflows/<name>.json comes <name>.jpg.
 
-Beside workflows/<name>.json comes <name>.jpg: the last picture that the workflow saves. Workflows for other base models
-have none, since their weights do not come with the pack.
+It is the last picture that the workflow saves or shows. A workflow for a base model whose weights do not come with the
+pack is run as it is with the small model in the place of that, and its picture says so.
 """
 
 from __future__ import annotations
@@ -9,20 +9,43 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from scripts.environment import ensure_host, enter, say  # noqa: E402
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SIDE = 400
-LOADER = "NestedAttentionLoadStudio"
+STUDIO = "NestedAttentionLoadStudio"
+PHOTOS = ("studio_person.png", "studio_person_2.png")
+SETTINGS = {  # of the workflows that are made for the small model
+    "NestedAttentionLoadAdapter": {"adapter_name": "studio_person.safetensors"},
+    "NestedAttentionApplySubject": {"class_word": ""},
+    "EmptyLatentImage": {"width": 64, "height": 64},
+    "LatentUpscaleBy": {"scale_by": 1.25},  # it knows one size
+    "KSampler": {"seed": 1, "steps": 20, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple"},
+}
+STAND_INS = {  # prompts that the small model knows the words of, and other photos
+    "hires_second_pass_sdxl": ("a surprised <person> wearing a green shirt in the city",),
+    "inpaint_face_sdxl": ("a happy <person>", "studio_person.png", "masked.png"),
+    "load_subject": ("an angry <anna> wearing a white shirt in the forest",),
+    "one_subject_sd15": ("a winking <person> wearing a black blazer in the snow",),
+    "one_subject_sdxl": ("a happy <person> wearing a red hoodie on the beach",),
+    "save_subject": (),
+    "several_photos_sdxl": ("a sad <person> wearing a pink sweater in the city", "studio_person.png", "mirrored.png"),
+    "two_subjects_sdxl": ("a happy <anna> wearing a red hoodie and a sad <bob> wearing a blue blazer in the forest",),
+}
+# lora_controlnet_sdxl has none: there is no LoRA and no ControlNet for the small model.
 
 
 def main() -> None:
     host = ensure_host()
     enter(host)
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     from scripts.server import running_server
     from scripts.workflow import read_graph, to_prompt
@@ -30,13 +53,72 @@ def main() -> None:
     with running_server(host) as client:
         for photo in (ROOT / "assets").glob("studio_*.png"):
             client.upload_image(photo)
-        for path in sorted((ROOT / "workflows").glob("*.json")):
+        for photo in made_photos(host.base):
+            client.upload_image(photo)
+        # A subject is loaded after it was saved.
+        for path in sorted((ROOT / "workflows").glob("*.json"), key=lambda path: path.stem.replace("load", "z")):
             prompt = to_prompt(read_graph(path), client.object_info())
-            if all(node["class_type"] != LOADER for node in prompt.values()):
+            own = any(node["class_type"] == STUDIO for node in prompt.values())
+            if not own and path.stem not in STAND_INS:
                 continue
             say(f"Running {path.name}")
-            picture = Image.open(io.BytesIO(client.run(prompt)[-1])).convert("RGB")
-            ImageOps.fit(picture, (SIDE, SIDE)).save(path.with_suffix(".jpg"), quality=88)
+            if not own:
+                prompt = with_small_model(prompt, *STAND_INS[path.stem])
+            number = client.queue(prompt)
+            client.wait(number)
+            shown = client.images(number) or client.images(number, "temp")
+            picture = Image.open(io.BytesIO(shown[-1])).convert("RGB")
+            thumbnail(picture, own).save(path.with_suffix(".jpg"), quality=88)
+
+
+def with_small_model(prompt: dict[str, dict[str, Any]], text: str = "", *photos: str) -> dict[str, dict[str, Any]]:
+    """The same graph with the small model for checkpoint and image encoder, a text for its prompt, and photos."""
+    left, slots = list(photos or PHOTOS), {"CheckpointLoaderSimple": 0, "CLIPVisionLoader": 3}
+    loaders = {number: slots[node["class_type"]] for number, node in prompt.items() if node["class_type"] in slots}
+    made = {"0": {"class_type": STUDIO, "inputs": {}}}
+    for number, node in prompt.items():
+        if number in loaders:
+            continue
+        inputs = {**node["inputs"], **SETTINGS.get(node["class_type"], {})}
+        for name, value in inputs.items():
+            if isinstance(value, list) and value[0] in loaders:
+                inputs[name] = ["0", loaders[value[0]] + value[1]]
+        if node["class_type"] == "LoadImage":
+            inputs["image"] = left.pop(0)
+        elif node["class_type"] == "CLIPTextEncode":
+            inputs["text"] = text if "<" in inputs["text"] else ""
+        made[number] = {**node, "inputs": inputs}
+    return made
+
+
+def made_photos(folder: Path) -> list[Path]:
+    """The first photo mirrored, as another one of the same person; the second with a hole where the head is."""
+    from PIL import Image, ImageDraw, ImageOps
+
+    first, second = (Image.open(ROOT / "assets" / name).convert("RGB") for name in PHOTOS)
+    masked = second.resize((64, 64), Image.Resampling.LANCZOS)
+    opaque = Image.new("L", masked.size, 255)
+    ImageDraw.Draw(opaque).rectangle((2, 0, 62, 46), fill=0)
+    masked.putalpha(opaque)
+    paths = [folder / "mirrored.png", folder / "masked.png"]
+    for path, picture in zip(paths, (ImageOps.mirror(first), masked), strict=True):
+        picture.save(path)
+    return paths
+
+
+def thumbnail(picture: Image.Image, own: bool) -> Image.Image:
+    from PIL import ImageDraw, ImageOps
+
+    from nested_attention.inspection.drawing import font
+
+    size = (SIDE, SIDE)
+    wide = picture.width > picture.height
+    made = ImageOps.pad(picture, size, color="white") if wide else ImageOps.fit(picture, size, centering=(0.5, 0))
+    if not own:
+        draw = ImageDraw.Draw(made)
+        draw.rectangle((0, SIDE - 30, SIDE, SIDE), fill="black")
+        draw.text((SIDE // 2, SIDE - 15), "drawn by the pack's small model", fill="white", anchor="mm", font=font(18))
+    return made
 
 
 if __name__ == "__main__":

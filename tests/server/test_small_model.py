@@ -7,7 +7,10 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from served import SMALL, change, ids, pixels_of
+from served import SMALL, WORKFLOWS, change, ids, pixels_of
+
+from scripts.thumbnails import STAND_INS, made_photos, with_small_model
+from scripts.workflow import read_graph, to_prompt
 
 
 @pytest.fixture
@@ -36,6 +39,19 @@ def test_the_subject_is_drawn_and_its_word_alone_is_not(studio, quickstart, draw
         change(quickstart, "NestedAttentionApplySubject", number, strength=0.0)
     plain = [pixels_of(png) for png in studio.client.run(quickstart)]
     assert all(difference(a, b) > 6 for a, b in zip(drawn, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in STAND_INS if name not in ("save_subject", "load_subject")])
+def test_workflows_of_other_models_draw_the_photo_too(studio, name, tmp_path):
+    """Their graphs as they are, with the small model for checkpoint and image encoder, as for their thumbnails."""
+    for photo in made_photos(tmp_path):
+        studio.client.upload_image(photo)
+    prompt = with_small_model(to_prompt(read_graph(WORKFLOWS[name]), studio.info), *STAND_INS[name])
+    [drawn] = [pixels_of(png) for png in studio.client.run(prompt)]
+    for number in range(len(ids(prompt, "NestedAttentionApplySubject"))):
+        change(prompt, "NestedAttentionApplySubject", number, strength=0.0)
+    [plain] = [pixels_of(png) for png in studio.client.run(prompt)]
+    assert difference(drawn, plain) > 6
 
 
 def test_another_photo_is_another_person(studio, quickstart, drawn):
