@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import sys
+
+NOTICE = "nested_attention.notice"
 
 log = logging.getLogger("nested_attention")
 
@@ -16,7 +17,10 @@ def warn(text: str, node_id: str | None = None) -> None:
 
 
 def show(text: str, node_id: str | None) -> None:
-    """Show text on a node in place of what stood there, under a server. The front end reads it as HTML."""
+    """Show text on a node in place of what stood there, under a server.
+
+    By web/notices.js: what the front end shows of the host's own progress texts may go when the run ends.
+    """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(html.escape(text, quote=False).replace("\n", "<br>"), node_id)
+        server.send_sync(NOTICE, {"node_id": node_id, "text": text})

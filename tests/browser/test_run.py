@@ -84,3 +84,23 @@ def test_prompt_info_is_read_on_the_node(canvas, tmp_path):
     canvas.open(path)
     canvas.run()
     expect(canvas.node(2)).to_contain_text("1:a 2:happy 3:person")
+    canvas.page.wait_for_timeout(2000)  # nor does it go when the run has ended
+    expect(canvas.node(2)).to_contain_text("1:a 2:happy 3:person")
+
+
+def test_a_warning_stays_until_its_node_runs_again(quickstart):
+    """It is shown as it is written, and is no value of the node's: none of it is saved."""
+    saved = quickstart.page.evaluate("id => app.graph.getNodeById(id).serialize().widgets_values", APPLY)
+    quickstart.set(APPLY, "end_percent", 0)
+    quickstart.run()
+    warning = "<person> begins at 0 of the sampling and ends at 0"
+    expect(quickstart.node(APPLY)).to_contain_text(warning)
+    quickstart.picture(SAVE)
+    quickstart.page.wait_for_timeout(2000)
+    expect(quickstart.node(APPLY)).to_contain_text(warning)
+    now = quickstart.page.evaluate("id => app.graph.getNodeById(id).serialize().widgets_values", APPLY)
+    assert len(now) == len(saved) and warning not in str(now)
+    quickstart.set(APPLY, "end_percent", 1)
+    quickstart.run()
+    expect(quickstart.node(APPLY)).to_contain_text("<person> stands in the prompt.")
+    expect(quickstart.node(APPLY)).not_to_contain_text(warning)

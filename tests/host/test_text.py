@@ -198,15 +198,14 @@ def test_prompt_for_another_kind_of_encoder():
         describe_prompt(Clip(), "a person")
 
 
-def test_placeholders_are_seen_on_the_node(monkeypatch):
-    """The front end reads what it is sent as HTML, in which <person> would be a tag."""
+def test_words_go_to_the_node_that_they_are_about(monkeypatch):
     sent = []
-    instance = SimpleNamespace(send_progress_text=lambda *words: sent.append(words))
+    instance = SimpleNamespace(send_sync=lambda *message: sent.append(message))
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
     monkeypatch.setitem(sys.modules, "server", server)
     warn("<anna> & <bob>\nare here.", "7")
     show("nobody", None)
-    assert sent == [("&lt;anna&gt; &amp; &lt;bob&gt;<br>are here.", "7")]
+    assert sent == [("nested_attention.notice", {"node_id": "7", "text": "<anna> & <bob>\nare here."})]
 
 
 def test_a_clip_whose_model_another_node_replaced(base_model, base_clip, person):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ SMALL = [name for name, path in WORKFLOWS.items() if "NestedAttentionLoadStudio"
 PHOTOS = ("astronaut.png", "chelsea.png")
 PIXELS = 128
 STEPS = 2
-TEXT_MESSAGE = 3  # of the server's binary messages
+NOTICE = "nested_attention.notice"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ async def _listen(address: str, found: list, connected: threading.Event, finishe
                 message = await socket.receive(timeout=0.2)
             except asyncio.TimeoutError:
                 continue
-            if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == struct.pack(">I", TEXT_MESSAGE):
-                (length,) = struct.unpack(">I", message.data[4:8])
-                node_id, text = message.data[8 : 8 + length], message.data[8 + length :]
-                found.append((node_id.decode(), text.decode()))
+            if message.type == aiohttp.WSMsgType.TEXT:
+                event = json.loads(message.data)
+                if event["type"] == NOTICE:
+                    found.append((event["data"]["node_id"], event["data"]["text"]))
