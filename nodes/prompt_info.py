@@ -29,7 +29,7 @@ class PromptInfo(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text: str) -> io.NodeOutput:
         info = describe_prompt(clip, text)
-        show(info, cls.hidden.unique_id)
+        show(info, cls.hidden.unique_id)  # the front end draws a PreviewText on nodes of its own only
         return io.NodeOutput(info, ui=ui.PreviewText(info))
 
 

@@ -1,7 +1,7 @@
 """Makes the pictures that ComfyUI's template gallery shows: beside workflows/<name>.json comes <name>.jpg.
 
 It is the last picture that the workflow saves or shows. A workflow for a base model whose weights do not come with the
-pack is run as it is with the small model in the place of that, and its picture says so.
+pack is run with the small model in the place of that, and the settings and words that it needs; its picture says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SETTINGS = {  # of the workflows that are made for the small model
     "LatentUpscaleBy": {"scale_by": 1.25},  # it knows one size
     "KSampler": {"seed": 1, "steps": 20, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple"},
 }
-STAND_INS = {  # prompts that the small model knows the words of, and other photos
+STAND_INS = {  # a prompt that the small model knows the words of, and photos other than PHOTOS, if any
     "hires_second_pass_sdxl": ("a surprised <person> wearing a green shirt in the city",),
     "inpaint_face_sdxl": ("a happy <person>", "studio_person.png", "masked.png"),
     "load_subject": ("an angry <anna> wearing a white shirt in the forest",),
@@ -56,7 +56,8 @@ def main() -> None:
         for photo in made_photos(host.base):
             client.upload_image(photo)
         # A subject is loaded after it was saved.
-        for path in sorted((ROOT / "workflows").glob("*.json"), key=lambda path: path.stem.replace("load", "z")):
+        workflows = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: (path.stem == "load_subject", path))
+        for path in workflows:
             prompt = to_prompt(read_graph(path), client.object_info())
             own = any(node["class_type"] == STUDIO for node in prompt.values())
             if not own and path.stem not in STAND_INS:

@@ -25,7 +25,7 @@ function show({ node_id, text }) {
         "line-height: 1.4; user-select: text; color: var(--input-text); background: var(--comfy-input-bg)"
     const widget = node.addDOMWidget(EVENT, EVENT, element, { serialize: false, getMinHeight: () => 64 })
     widget.serialize = false // its value is no input: it must not count among the saved ones
-    node.setDirtyCanvas?.(true, true)
+    node.setDirtyCanvas(true, true)
 }
 
 app.registerExtension({

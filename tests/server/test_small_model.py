@@ -43,7 +43,7 @@ def test_the_subject_is_drawn_and_its_word_alone_is_not(studio, quickstart, draw
 
 @pytest.mark.parametrize("name", [name for name in STAND_INS if name not in ("save_subject", "load_subject")])
 def test_workflows_of_other_models_draw_the_photo_too(studio, name, tmp_path):
-    """Their graphs as they are, with the small model for checkpoint and image encoder, as for their thumbnails."""
+    """Their wiring, with the small model for checkpoint and image encoder, as for their thumbnails."""
     for photo in made_photos(tmp_path):
         studio.client.upload_image(photo)
     prompt = with_small_model(to_prompt(read_graph(WORKFLOWS[name]), studio.info), *STAND_INS[name])
