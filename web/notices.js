@@ -5,18 +5,26 @@ import { api } from "../../scripts/api.js"
 
 const EVENT = "nested_attention.notice"
 
-/** The node of an id in the running graph: "4:7" is node 7 of the subgraph that node 4 stands for. */
-function nodeOf(id) {
-    let node = { subgraph: app.rootGraph ?? app.graph }
-    for (const part of String(id).split(":")) node = node?.subgraph?.getNodeById(Number(part))
-    return node
+/** The nodes that an id of the running graph leads through: "4:7" is node 7 of the subgraph that node 4 stands for. */
+function nodesOf(id) {
+    const nodes = [{ subgraph: app.rootGraph ?? app.graph }]
+    for (const part of String(id).split(":")) nodes.push(nodes.at(-1)?.subgraph?.getNodeById(Number(part)))
+    return nodes.slice(1)
 }
+
+const nodeOf = (id) => nodesOf(id).at(-1)
 
 const noticeOf = (node) => node?.widgets?.find((widget) => widget.name === EVENT)
 
-function show({ node_id, text }) {
-    const node = nodeOf(node_id)
+function show({ node_id, text, warning }) {
+    const nodes = nodesOf(node_id)
+    const node = nodes.at(-1)
     if (!node) return
+    // A subgraph node shows no widgets but its inputs: from outside, what is on a node within is not seen.
+    if (warning && nodes.length > 1 && noticeOf(node)?.element.textContent !== text) {
+        const summary = nodes.map((each) => each.title).join(" / ")
+        app.extensionManager.toast.add({ severity: "warn", summary, detail: text })
+    }
     const element = noticeOf(node)?.element ?? document.createElement("div")
     element.textContent = text
     if (noticeOf(node)) return

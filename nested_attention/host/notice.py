@@ -13,14 +13,14 @@ log = logging.getLogger("nested_attention")
 def warn(text: str, node_id: str | None = None) -> None:
     """Log a warning and show it on the node."""
     log.warning("Nested Attention: %s", text)
-    show(text, node_id)
+    show(text, node_id, warning=True)
 
 
-def show(text: str, node_id: str | None) -> None:
-    """Show text on a node in place of what stood there, under a server.
+def show(text: str, node_id: str | None, warning: bool = False) -> None:
+    """Show text on a node in place of what stood there, under a server; warnings also where the node is not seen.
 
     By web/notices.js: what the front end shows of the host's own progress texts may go when the run ends.
     """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
-        server.send_sync(NOTICE, {"node_id": node_id, "text": text})
+        server.send_sync(NOTICE, {"node_id": node_id, "text": text, "warning": warning})

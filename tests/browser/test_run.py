@@ -104,3 +104,12 @@ def test_a_warning_stays_until_its_node_runs_again(quickstart):
     quickstart.run()
     expect(quickstart.node(APPLY)).to_contain_text("<person> stands in the prompt.")
     expect(quickstart.node(APPLY)).not_to_contain_text(warning)
+
+
+def test_a_warning_is_seen_from_outside_of_a_subgraph(quickstart):
+    page = quickstart.page
+    quickstart.set(APPLY, "end_percent", 0)
+    page.evaluate("id => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", APPLY)
+    quickstart.run()
+    for words in ("New Subgraph / Apply Subject", "<person> begins at 0 of the sampling and ends at 0"):
+        expect(page.get_by_text(words).first).to_be_visible()

@@ -205,7 +205,11 @@ def test_words_go_to_the_node_that_they_are_about(monkeypatch):
     monkeypatch.setitem(sys.modules, "server", server)
     warn("<anna> & <bob>\nare here.", "7")
     show("nobody", None)
-    assert sent == [("nested_attention.notice", {"node_id": "7", "text": "<anna> & <bob>\nare here."})]
+    show("as it should be", "8")
+    assert sent == [
+        ("nested_attention.notice", {"node_id": "7", "text": "<anna> & <bob>\nare here.", "warning": True}),
+        ("nested_attention.notice", {"node_id": "8", "text": "as it should be", "warning": False}),
+    ]
 
 
 def test_a_clip_whose_model_another_node_replaced(base_model, base_clip, person):
