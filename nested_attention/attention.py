@@ -46,7 +46,7 @@ class NestedToken:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H*D] to [B, H, N, D], as a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -59,14 +59,19 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def norm_over_heads(x: Tensor) -> Tensor:
-    """L2 norm over the concatenated heads, [B, H, N, D] to [B, N], at least in fp32."""
-    return torch.linalg.vector_norm(x, dim=(1, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    """L2 norm over the concatenated heads, [B, H, N, D] to [B, 1, N, 1], at least in fp32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=(1, 3), keepdim=True, dtype=dtype)
+
+
+def split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+    """As `Tensor.split`. What stays whole, as one subject of one column does, costs nothing."""
+    return (x,) if len(sizes) == 1 else x.split(sizes, dim)
 
 
 def per_query_values(q: Tensor, token: NestedToken) -> Tensor:
     """v*, [B, H, N, D]: what the subject is at each image position (eq. 1)."""
-    keys, values = (x.expand(len(q), *x.shape[1:]) for x in (token.keys, token.values))
-    return fused_attention(q, keys, values)
+    return fused_attention(q, *(x if len(q) == 1 else x.expand(len(q), -1, -1, -1) for x in (token.keys, token.values)))
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | No
         return fused_attention(q, k, v), None
     scale = q.shape[-1] ** -0.5
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, scale=scale)
     return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[:2]
 
 
@@ -157,7 +162,7 @@ def personalize(
     if observe is not None:
         observe(p)
     sizes = [len(token.columns) for token in tokens]
-    for token, part, shared in zip(tokens, p.split(sizes, dim=-1), v_s.split(sizes, dim=2), strict=True):
+    for token, part, shared in zip(tokens, split(p, sizes, -1), split(v_s, sizes, 2), strict=True):
         swap_values(out, q, reached(part, token), shared, token)
     return out
 
@@ -168,10 +173,11 @@ def swap_values(out: Tensor, q: Tensor, p: Tensor, v_s: Tensor, token: NestedTok
     # A factor of 1 and a sum of one are left out: on a fast GPU, starting a kernel takes longer than the kernel.
     star = per_query_values(q, token)
     scaled = p if token.norm == "off" else p * norm_scale(star, v_s, token)
-    weight = scaled if scaled.shape[-1] == 1 else scaled.sum(-1, keepdim=True)
+    each = [1] * p.shape[-1]
+    weight = scaled if len(each) == 1 else scaled.sum(-1, keepdim=True)
     # Where v* is 0 the scale is beyond fp16, and infinity times 0 would be no number.
     out.addcmul_(star, weight.clamp_max(torch.finfo(star.dtype).max).to(star.dtype))
-    for part, shared in zip(p.to(v_s.dtype).split(1, dim=-1), v_s.split(1, dim=2), strict=True):
+    for part, shared in zip(split(p.to(v_s.dtype), each, -1), split(v_s, each, 2), strict=True):
         out.addcmul_(part, shared, value=-1)
 
 
@@ -187,9 +193,9 @@ def norm_scale(star: Tensor, v_s: Tensor, token: NestedToken) -> Tensor:
 
     rescale: v* gets alpha times the norm of the textual value V_s [B, H, S, D] that it replaces. clamp: at most that.
     """
-    length = norm_over_heads(star)[..., None].clamp_min(1e-30)
-    scale = (token.norm_factor * norm_over_heads(v_s))[:, None] / length
-    return (scale.clamp_max(1) if token.norm == "clamp" else scale)[:, None]
+    length = norm_over_heads(star).clamp_min(1e-30)
+    scale = token.norm_factor * norm_over_heads(v_s).transpose(2, 3) / length
+    return scale.clamp_max(1) if token.norm == "clamp" else scale
 
 
 def raise_tokens(
@@ -200,7 +206,7 @@ def raise_tokens(
     p, logits   probabilities and logits of the subject columns, [B, H, N, S]
     Returns the new probabilities, and the change of the plain text attention, [B, H, N, D].
     """
-    parts = zip(tokens, logits.split([len(token.columns) for token in tokens], dim=-1), strict=True)
+    parts = zip(tokens, split(logits, [len(token.columns) for token in tokens], -1), strict=True)
     raised = torch.cat([torch.maximum(part, token.weight * part) for token, part in parts], dim=-1)
     gain = torch.expm1((raised - logits).clamp_max(80))
     total = 1 + (p * gain).sum(-1, keepdim=True)
