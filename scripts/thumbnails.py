@@ -2,6 +2,7 @@
 
 It is the last picture that the workflow saves or shows. A workflow for a base model whose weights do not come with the
 pack is run with the small model in the place of that, and the settings and words that it needs; its picture says so.
+There is no LoRA and no ControlNet for the small model: they are left out, as if the user had bypassed their nodes.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ STAND_INS = {  # a prompt that the small model knows the words of, and photos ot
     "hires_second_pass_sdxl": ("a surprised <person> wearing a green shirt in the city",),
     "inpaint_face_sdxl": ("a happy <person>", "studio_person.png", "masked.png"),
     "load_subject": ("an angry <anna> wearing a white shirt in the forest",),
+    "lora_controlnet_sdxl": ("a happy <person> wearing a blue sweater in the desert",),
     "one_subject_sd15": ("a winking <person> wearing a black blazer in the snow",),
     "one_subject_sdxl": ("a happy <person> wearing a red hoodie on the beach",),
     "save_subject": (),
     "several_photos_sdxl": ("a sad <person> wearing a pink sweater in the city", "studio_person.png", "mirrored.png"),
     "two_subjects_sdxl": ("a happy <anna> wearing a red hoodie and a sad <bob> wearing a blue blazer in the forest",),
 }
-# lora_controlnet_sdxl has none: there is no LoRA and no ControlNet for the small model.
+BYPASSED = {"LoraLoader": ("model", "clip"), "ControlNetApplyAdvanced": ("positive", "negative")}  # what goes through
 
 
 def main() -> None:
@@ -60,16 +62,17 @@ def main() -> None:
         for path in workflows:
             prompt = to_prompt(read_graph(path), client.object_info())
             own = any(node["class_type"] == STUDIO for node in prompt.values())
-            if not own and path.stem not in STAND_INS:
-                continue
             say(f"Running {path.name}")
+            caption = "" if own else "drawn by the pack's small model"
+            if any(node["class_type"] in BYPASSED for node in prompt.values()):
+                caption += ", without LoRA or ControlNet"
             if not own:
                 prompt = with_small_model(prompt, *STAND_INS[path.stem])
             number = client.queue(prompt)
             client.wait(number)
             shown = client.images(number) or client.images(number, "temp")
             picture = Image.open(io.BytesIO(shown[-1])).convert("RGB")
-            thumbnail(picture, own).save(path.with_suffix(".jpg"), quality=88)
+            thumbnail(picture, caption).save(path.with_suffix(".jpg"), quality=88)
 
 
 def with_small_model(prompt: dict[str, dict[str, Any]], text: str = "", *photos: str) -> dict[str, dict[str, Any]]:
@@ -77,13 +80,19 @@ def with_small_model(prompt: dict[str, dict[str, Any]], text: str = "", *photos:
     left, slots = list(photos or PHOTOS), {"CheckpointLoaderSimple": 0, "CLIPVisionLoader": 3}
     loaders = {number: slots[node["class_type"]] for number, node in prompt.items() if node["class_type"] in slots}
     made = {"0": {"class_type": STUDIO, "inputs": {}}}
+
+    def source(link: list[Any]) -> list[Any]:
+        number, slot = link
+        if number in loaders:
+            return ["0", loaders[number] + slot]
+        through = BYPASSED.get(prompt[number]["class_type"])
+        return link if through is None else source(prompt[number]["inputs"][through[slot]])
+
     for number, node in prompt.items():
         if number in loaders:
             continue
         inputs = {**node["inputs"], **SETTINGS.get(node["class_type"], {})}
-        for name, value in inputs.items():
-            if isinstance(value, list) and value[0] in loaders:
-                inputs[name] = ["0", loaders[value[0]] + value[1]]
+        inputs = {name: source(value) if isinstance(value, list) else value for name, value in inputs.items()}
         if node["class_type"] == "LoadImage":
             inputs["image"] = left.pop(0)
         elif node["class_type"] == "CLIPTextEncode":
@@ -107,7 +116,7 @@ def made_photos(folder: Path) -> list[Path]:
     return paths
 
 
-def thumbnail(picture: Image.Image, own: bool) -> Image.Image:
+def thumbnail(picture: Image.Image, caption: str) -> Image.Image:
     from PIL import ImageDraw, ImageOps
 
     from nested_attention.inspection.drawing import font
@@ -115,10 +124,10 @@ def thumbnail(picture: Image.Image, own: bool) -> Image.Image:
     size = (SIDE, SIDE)
     wide = picture.width > picture.height
     made = ImageOps.pad(picture, size, color="white") if wide else ImageOps.fit(picture, size, centering=(0.5, 0))
-    if not own:
+    if caption:
         draw = ImageDraw.Draw(made)
         draw.rectangle((0, SIDE - 30, SIDE, SIDE), fill="black")
-        draw.text((SIDE // 2, SIDE - 15), "drawn by the pack's small model", fill="white", anchor="mm", font=font(18))
+        draw.text((SIDE // 2, SIDE - 15), caption, fill="white", anchor="mm", font=font(14))
     return made
 
 

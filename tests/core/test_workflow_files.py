@@ -22,6 +22,5 @@ def test_our_nodes_name_the_pack_by_which_the_manager_finds_it(path):
 
 
 def test_the_template_gallery_has_a_picture_of_each():
-    """But of the one that needs a LoRA and a ControlNet, which there are not for the small model that draws them."""
     pictures = {path.stem for path in (ROOT / "workflows").glob("*.jpg")}
-    assert {path.stem for path in (ROOT / "workflows").glob("*.json")} - pictures == {"lora_controlnet_sdxl"}
+    assert {path.stem for path in (ROOT / "workflows").glob("*.json")} == pictures
