@@ -2,7 +2,8 @@
 
 Text is encoded in sections (of 77 tokens); a mark names a placeholder at a column of a section. Marks travel in the
 conditioning's dictionary. Some nodes drop that dictionary, so each pair of model and clip also shares a ledger of
-sections that hold subjects, looked up by content.
+sections, looked up by content. To the encoders a subject is its class word: a signature in the states tells them
+apart, which is taken out again where sampling begins.
 """
 
 from __future__ import annotations
@@ -31,38 +32,33 @@ class Mark(NamedTuple):
 
 
 class Section(NamedTuple):
-    """`ambiguous`: the same states were encoded with other marks also, as of two subjects of one class word."""
-
     digest: str
     length: int
     marks: tuple[Mark, ...]
-    ambiguous: bool = False
-
-    def says(self) -> list[tuple[str, int, float]]:
-        return [mark[:3] for mark in self.marks]
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Sections that one apply node's CLIP encoded; of equal ones, the last with a subject."""
+    """Sections that one apply node's CLIP encoded."""
 
     sections: dict[str, Section] = field(default_factory=dict)
 
     def add(self, sections: list[Section]) -> None:
-        for section in sections:
-            before = self.sections.get(section.digest)
-            if section.marks or before is None:
-                differs = before is not None and (
-                    before.ambiguous or (before.says() or section.says()) != section.says()
-                )
-                self.sections[section.digest] = section._replace(ambiguous=differs)
+        self.sections.update((section.digest, section) for section in sections)
 
 
 class Placement(NamedTuple):
     placeholder: str
     column: int
     weight: float
-    ambiguous: bool = False
+
+
+def sign(state: Tensor, placeholder: str, weight: float, step: int = 1) -> Tensor:
+    """A text state [C] whose values are a last digit larger where a hash of the subject says; with step -1, back."""
+    code = hashlib.sha256(repr((placeholder, weight)).encode()).digest()
+    ups = torch.tensor([step * (code[i % 32] >> i // 32 % 8 & 1) for i in range(len(state))], device=state.device)
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[state.itemsize]
+    return (state.view(whole) + ups.to(whole)).view(state.dtype)
 
 
 def digest(states: Tensor) -> str:
@@ -76,18 +72,37 @@ def find_placements(context: Tensor, record: list[Section], ledger: dict[str, Se
     in place (averaged, scaled) keeps the marks whose column still resembles what was encoded; a zeroed one loses them.
     In a batch (of a prompt that travels), those are the marks of rows that were found.
     """
-    known = {**ledger, **{section.digest: section for section in record}}
-    length = next((section.length for section in known.values()), context.shape[1])
-    rows = [[(part, known.get(digest(part))) for part in row.split(length)] for row in context]
+    rows, length = look_up(context, record, ledger)
     beside = [marks_of(column) for column in zip(*rows, strict=True)]
     supposed = [section.marks for section in record] if len(rows) == 1 else beside
     placements: list[list[Placement]] = [[] for _ in rows]
     for found, row in zip(placements, rows, strict=True):
         for i, (states, section) in enumerate(row):
             changed = (mark for marks in supposed[i : i + 1] for mark in marks if resembles(states, mark))
-            marks, ambiguous = (section.marks, section.ambiguous) if section else (changed, False)
-            found += [Placement(m.placeholder, i * length + m.column, m.weight, ambiguous) for m in marks]
+            marks = section.marks if section else changed
+            found += [Placement(m.placeholder, i * length + m.column, m.weight) for m in marks]
     return placements
+
+
+def unsigned(context: Tensor, record: list[Section], ledger: dict[str, Section]) -> Tensor:
+    """A text context [B, T, C] as the encoders made it, where its sections are as they were encoded."""
+    rows, length = look_up(context, record, ledger)
+    bare = context.clone()
+    for row, parts in zip(bare, rows, strict=True):
+        for i, (_, section) in enumerate(parts):
+            for mark in section.marks if section else ():
+                column = i * length + mark.column
+                row[column] = sign(row[column], mark.placeholder, mark.weight, step=-1)
+    return bare
+
+
+def look_up(
+    context: Tensor, record: list[Section], ledger: dict[str, Section]
+) -> tuple[list[list[tuple[Tensor, Section | None]]], int]:
+    """Of each row, its parts of a section's length and what is known of them; and that length."""
+    known = {**ledger, **{section.digest: section for section in record}}
+    length = next((section.length for section in known.values()), context.shape[1])
+    return [[(part, known.get(digest(part))) for part in row.split(length)] for row in context], length
 
 
 def marks_of(found: Iterable[tuple[Tensor, Section | None]]) -> tuple[Mark, ...]:

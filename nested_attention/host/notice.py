@@ -17,10 +17,10 @@ def warn(text: str, node_id: str | None = None) -> None:
 
 
 def show(text: str, node_id: str | None, warning: bool = False) -> None:
-    """Show text on a node in place of what stood there, under a server; warnings also where the node is not seen.
+    """Show text on a node in place of what stood there, to who queued it; warnings also where the node is not seen.
 
     By web/notices.js: what the front end shows of the host's own progress texts may go when the run ends.
     """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
-        server.send_sync(NOTICE, {"node_id": node_id, "text": text, "warning": warning})
+        server.send_sync(NOTICE, {"node_id": node_id, "text": text, "warning": warning}, server.client_id)

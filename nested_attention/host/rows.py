@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import KEY
-from .marks import Placement, Section, find_placements
+from .marks import Placement, Section, find_placements, unsigned
 
 if TYPE_CHECKING:
     from .recording import Call
@@ -70,6 +70,14 @@ def entry_placements(entry: dict[str, Any], ledger: dict[str, Section]) -> list[
     if context is None:
         return []
     return find_placements(context, entry.get(KEY) or [], ledger)
+
+
+def with_bare_text(entry: dict[str, Any], ledger: dict[str, Section]) -> dict[str, Any]:
+    """A conditioning entry with the text that the host would have without subjects."""
+    context = entry.get("cross_attn")
+    if context is None:
+        return entry
+    return {**entry, "cross_attn": unsigned(context, entry.get(KEY) or [], ledger)}
 
 
 def place_tensor(entry: dict[str, Any], placements: list[list[Placement]], numbers: dict[str, int]) -> Tensor:

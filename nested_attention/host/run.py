@@ -24,11 +24,11 @@ from . import KEY
 from .adapters import LoadedAdapter, nested_pair
 from .images import differ_in_aspect
 from .layers import Site, cross_attention_sites
-from .marks import Ledger
+from .marks import Ledger, Placement
 from .notice import show, warn
 from .patch import LayerPatch
 from .recording import Recording, recording_of
-from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_places
+from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_bare_text, with_places
 
 
 def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -62,6 +62,10 @@ class AppliedSubject:
     node_id: str | None = None
 
 
+Found = dict[str, list[list[list[Placement]]]]
+"""Subjects' places in each row of each conditioning entry, by kind of entry."""
+
+
 @dataclass(frozen=True)
 class Personalization:
     """The subjects of a model; wraps the host's sampling (WrappersMP.OUTER_SAMPLE)."""
@@ -80,27 +84,21 @@ class Personalization:
                     subject.node_id,
                 )
         guider = executor.class_obj
-        if subjects and self.write_places(guider, subjects, noise):
+        ledger = {digest: section for ledger in self.ledgers for digest, section in ledger.sections.items()}
+        found = {kind: [entry_placements(entry, ledger) for entry in entries] for kind, entries in guider.conds.items()}
+        for kind, entries in guider.conds.items():
+            guider.conds[kind] = [with_bare_text(entry, ledger) for entry in entries]
+        if subjects and self.write_places(guider, found, subjects, noise):
             run = Run(guider.model_patcher, subjects, recording_of(guider.model_patcher))
             run.install(guider.model_options)
         return executor(*args, **kwargs)
 
-    def write_places(self, guider: Any, subjects: list[AppliedSubject], noise: Tensor) -> bool:
+    def write_places(self, guider: Any, found: Found, subjects: list[AppliedSubject], noise: Tensor) -> bool:
         """Write subjects' places beside every conditioning entry; whether any entry holds one."""
-        ledger = {digest: section for ledger in self.ledgers for digest, section in ledger.sections.items()}
-        found = {kind: [entry_placements(entry, ledger) for entry in entries] for kind, entries in guider.conds.items()}
         placements = [p for rows in found.values() for entry in rows for row in entry for p in row]
         present = {p.placeholder for p in placements}
-        ambiguous = {p.placeholder for p in placements if p.ambiguous}
         for subject in subjects:
-            if subject.placeholder in ambiguous:
-                warn(
-                    f"{subject.placeholder} stands in a part of the prompt that another node joined to the rest. The "
-                    "same words were encoded with another subject or strength also, and there is no telling which is "
-                    "meant: the last is used. Write both into one prompt, or give each a class_word of its own.",
-                    subject.node_id,
-                )
-            elif subject.placeholder in present:
+            if subject.placeholder in present:
                 # Also takes the place of a warning of an earlier run.
                 show(f"{subject.placeholder} stands in the prompt.", subject.node_id)
             else:
@@ -188,11 +186,12 @@ class Run:
 
     def project(self) -> None:
         """Project every subject's nested keys and values, before the host makes room for the UNet."""
-        patchers = [subject.adapter.patcher for subject in self.subjects]
+        # Of several that were loaded from one file, one goes to the device.
+        shared = {subject.adapter.fingerprint: subject.adapter.patcher for subject in self.subjects}
+        patchers = [shared[subject.adapter.fingerprint] for subject in self.subjects]
         kept = sum(subject.tokens.shape[1] for subject in self.subjects if not subject.low_memory)
         size = 2 * kept * sum(site.inner for site in self.sites) * self.dtype.itemsize
-        models = list({id(patcher): patcher for patcher in patchers}.values())
-        comfy.model_management.load_models_gpu(models, memory_required=size)
+        comfy.model_management.load_models_gpu(list(shared.values()), memory_required=size)
         progress = comfy.utils.ProgressBar(len(patchers) * len(self.sites))
         for i, (subject, patcher) in enumerate(zip(self.subjects, patchers, strict=True)):
             tokens = subject.tokens.to(patcher.load_device, torch.float32)

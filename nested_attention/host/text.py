@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from . import KEY
-from .marks import Ledger, Mark, Section, digest
+from .marks import Ledger, Mark, Section, digest, sign
 from .notice import log
 
 ENCODE = "encode_token_weights"
@@ -149,8 +149,9 @@ class SubjectTextEncoder:
         places = agreed_places({name: marked(s, self.widths[name]) for name, s in tokens.items()})
         plain = {name: [[unweighted(t) for t in section] for section in s] for name, s in tokens.items()}
         states, pooled, *extra = self.encode(plain)
-        lengths = {len(section) for s in tokens.values() for section in s}
-        sections = sections_of(states, places, max(lengths))
+        length = max(len(section) for s in tokens.values() for section in s)
+        states = signed(states, places, length)
+        sections = sections_of(states, places, length)
         self.ledger.add(sections)
         return states, pooled, {**(extra[0] if extra else {}), KEY: sections}
 
@@ -203,14 +204,22 @@ def agreed_places(places: dict[str, dict[Place, float]]) -> dict[Place, float]:
     return {place: weight for found in places.values() for place, weight in found.items()}
 
 
-def sections_of(states: Tensor, places: dict[Place, float], length: int) -> list[Section]:
-    """Sections of encoded text [1, T, C] with their marks. Raises ValueError where it was cut before a subject."""
-    for i, column, placeholder in places:
-        if i * length + column >= states.shape[1]:
+def signed(states: Tensor, places: dict[Place, float], length: int) -> Tensor:
+    """Encoded text [1, T, C] with signed subjects' tokens. Raises ValueError where it was cut before a subject."""
+    states = states.clone() if places else states
+    for (i, c, placeholder), weight in places.items():
+        column = i * length + c
+        if column >= states.shape[1]:
             raise ValueError(
-                f"The subject {placeholder} stands at token {i * length + column} of the prompt, but the text encoders "
+                f"The subject {placeholder} stands at token {column} of the prompt, but the text encoders "
                 f"kept only {states.shape[1]}. Put it nearer to the beginning, or make both texts equally long."
             )
+        states[0, column] = sign(states[0, column], placeholder, weight)
+    return states
+
+
+def sections_of(states: Tensor, places: dict[Place, float], length: int) -> list[Section]:
+    """Sections of encoded text [1, T, C] with their marks."""
     sections = []
     for i, part in enumerate(states[0].split(length)):
         marks = [Mark(p, c, weight, part[c].detach().cpu().clone()) for (s, c, p), weight in places.items() if s == i]

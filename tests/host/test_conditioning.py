@@ -23,16 +23,30 @@ def test_concat_both_ways(applied, base_model, sites, person):
         check(model, base_model, sites, texts, positive, negative)
 
 
-def test_concatenated_words_of_two_subjects_cannot_be_told_apart(base_model, base_clip, person, other, caplog):
-    """Their states are the same, concatenation drops what tells them apart, and encoding one again is no help."""
+def test_concatenated_subjects_of_one_class_word(base_model, base_clip, sites, person, other):
+    """To the text encoders they are the same, and concatenation drops what the dictionary says of the second."""
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", class_word="woman")
     model, clip = apply_subject(model, clip, other, placeholder="<bob>", class_word="woman")
-    anna, bob, _, negative = (encode(clip, text) for text in ("a <anna>", "a <bob>", "a <bob>", "bad"))
-    sample(model, anna, bob)
-    assert "no telling" not in caplog.text
-    (positive,) = ConditioningConcat().concat(encode(clip, "two women"), anna)
-    sample(model, positive, negative)
-    assert "<bob> stands in a part of the prompt that another node joined" in caplog.text
+    anna, bob, negative = (encode(clip, text) for text in ("a <anna>", "a <bob>", "bad"))
+    for first, second, who in (("here", anna, person), ("there", bob, other)):
+        (positive,) = ConditioningConcat().concat(encode(clip, first), second)
+        check(model, base_model, sites, [(text_of(positive), [Stands(who, (79,))])], positive, negative)
+
+
+def bare_encode(clip, text):
+    """As nodes do that keep nothing but the states."""
+    states, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    return [[states, {"pooled_output": pooled}]]
+
+
+def test_a_prompt_changed_to_the_class_word_draws_nobody(applied, base_model, base_clip, sites, person):
+    model, clip = applied
+    negative = bare_encode(clip, "bad")
+    for prompt, weight in ((PROMPT, 1.0), ("a (<person>:0.8) in a park", 0.8)):
+        positive = bare_encode(clip, prompt)
+        check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,), weight)])], positive, negative)
+    plain = bare_encode(clip, PLAIN)
+    assert torch.equal(sample(model, plain, negative), sample(base_model, plain, negative))
 
 
 def test_average(applied, base_model, sites, person, caplog):
@@ -73,9 +87,12 @@ def test_scheduled_clip_hooks(applied, base_model, sites, person):
 
 
 def test_text_from_the_unpatched_clip_is_no_subject(applied, base_model, base_clip):
-    model, _ = applied
-    positive, negative = encode(base_clip, PROMPT), encode(base_clip, "bad")
-    assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
+    model, clip = applied
+    encode(clip, PROMPT)
+    negative = encode(base_clip, "bad")
+    for text in (PROMPT, PLAIN):
+        positive = encode(base_clip, text)
+        assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
 
 
 def test_plain_row_in_a_batch_of_texts_is_known(applied):
@@ -122,7 +139,7 @@ def test_tiles_with_a_batch(applied, base_model, sites, person):
     check(model, base_model, sites, texts, positive, negative)
 
 
-def test_wrapper_that_drops_the_places_warns(applied, base_model, caplog):
+def test_wrapper_that_drops_the_places_warns(applied, base_model, base_clip, caplog):
     model, clip = applied
     positive, negative = encode(clip, PROMPT), encode(clip, "bad")
     keep = ("c_crossattn", "y", "transformer_options")
@@ -131,7 +148,7 @@ def test_wrapper_that_drops_the_places_warns(applied, base_model, caplog):
             args["input"], args["timestep"], **{k: v for k, v in args["c"].items() if k in keep}
         )
     )
-    assert torch.equal(sample(model, positive, negative), sample(base_model, positive, negative))
+    assert torch.equal(sample(model, positive, negative), sample(base_model, encode(base_clip, PLAIN), negative))
     assert caplog.text.count("without its conditioning") == 1
 
 

@@ -20,6 +20,7 @@ from sampling import (
     guide,
     noise,
     run,
+    same_text,
     sample,
     text_of,
 )
@@ -42,10 +43,12 @@ def test_one_subject(applied, base_model, base_clip, sites, person):
     assert not torch.allclose(out, sample(base_model, positive, negative), rtol=1e-2)
 
 
-def test_text_is_the_class_words_bit_for_bit(applied, base_clip):
-    ours, plain = encode(applied[1], PROMPT), encode(base_clip, PLAIN)
-    assert torch.equal(ours[0][0], plain[0][0])
-    assert torch.equal(ours[0][1]["pooled_output"], plain[0][1]["pooled_output"])
+def test_text_is_the_class_words_bit_for_bit(base_model, base_clip, person):
+    """Once the signature is out, as without strength there is nothing else."""
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", strength=0.0)
+    ours, plain, bad = encode(clip, PROMPT), encode(base_clip, PLAIN), encode(base_clip, "bad")
+    assert same_text(ours, plain) and torch.equal(ours[0][1]["pooled_output"], plain[0][1]["pooled_output"])
+    assert torch.equal(sample(model, ours, bad), sample(base_model, plain, bad))
 
 
 def test_two_subjects(couple, base_model, sites, person, other):
@@ -62,10 +65,10 @@ def test_subject_in_the_negative_alone(applied, base_model, sites, person):
 
 
 def test_negative_of_the_same_words_stays_plain(applied, base_model, base_clip, sites, person):
-    """'a person in a park' has the very text state of 'a <person> in a park', and is no subject."""
+    """'a person in a park' has the text states of 'a <person> in a park', and is no subject."""
     model, clip = applied
     positive, negative = encode(clip, PROMPT), encode(clip, PLAIN)
-    assert torch.equal(text_of(positive), text_of(negative))
+    assert same_text(positive, negative)
     wrong = sample(expected_model(base_model, sites, [(text_of(positive), [Stands(person, (2,))])]), positive, negative)
     mixed = sample(model, positive, negative)
     assert not torch.allclose(mixed, wrong, rtol=1e-2)
@@ -224,7 +227,7 @@ def test_placeholder_twice(applied, base_model, sites, person):
 def test_weight_on_the_placeholder_is_strength(applied, base_model, base_clip, sites, person):
     model, clip = applied
     positive = encode(clip, "a (<person>:1.3) in a park")
-    assert torch.equal(text_of(positive), text_of(encode(base_clip, PLAIN)))
+    assert same_text(positive, encode(base_clip, PLAIN))
     check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,), 1.3)])], positive, encode(clip, ""))
     both = encode(clip, "(<person>:0.5) and (<person>:1.3)")
     stands = [Stands(person, (1,), 0.5), Stands(person, (3,), 1.3)]
@@ -388,7 +391,7 @@ def two_women(base_model, base_clip, person, other):
 def test_two_subjects_of_one_class(two_women, base_model, sites, person, other):
     model, clip = two_women({}, {})
     positive, same = encode(clip, "<anna> and <bob>"), encode(clip, "woman and woman")
-    assert torch.equal(text_of(positive), text_of(same))
+    assert same_text(positive, same)
     texts = [(text_of(positive), [Stands(person, (1,)), Stands(other, (3,))])]
     apart = check(model, base_model, sites, texts, positive, encode(clip, "bad"))
     assert not torch.allclose(apart, sample(model, encode(clip, "<bob> and <anna>"), encode(clip, "bad")), rtol=1e-2)

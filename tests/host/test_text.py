@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
-from sampling import encode
+from sampling import encode, same_text
 from small_models import make_adapter, make_subject
 
 from nested_attention.host.adapters import load_adapter
@@ -86,7 +86,7 @@ def test_class_word(base_model, base_clip, person, tmp_path, sites):
     pet = make_subject(load_adapter(str(path), path.name))
     for given, word in (("woman", "woman"), ("", "dog")):
         clip = apply(base_model, base_clip, pet, class_word=given)
-        assert torch.equal(encode(clip, "an <anna>")[0][0], encode(base_clip, f"an {word}")[0][0])
+        assert same_text(encode(clip, "an <anna>"), encode(base_clip, f"an {word}"))
     with pytest.raises(ValueError, match=r"'firefighter girl' is 2 \('firefighter' \+ 'girl'\)"):
         apply(base_model, base_clip, person, class_word="firefighter girl")
 
@@ -114,7 +114,7 @@ def test_survives_a_lora_loader(clip, base_clip):
         assert each.add_patches(patch, 1.0) == [key]
     ours = encode(after, "a <person>")
     assert columns(ours) == [(0, "<person>", 2, 1.0)]
-    assert torch.equal(ours[0][0], encode(plain, "a person")[0][0])
+    assert same_text(ours, encode(plain, "a person"))
     assert not torch.equal(ours[0][0], encode(clip, "a <person>")[0][0])
 
 
@@ -155,7 +155,7 @@ def test_learned_vectors(base_model, base_clip, tmp_path, sites):
     for given, word in (("", "person"), ("woman", "woman")):
         ours = encode(apply(base_model, base_clip, make_subject(adapter), class_word=given), "a <anna> here")
         assert columns(ours) == [(0, "<anna>", 2, 1.0)]
-        assert torch.equal(ours[0][0], encode(base_clip, f"a {word} here")[0][0])
+        assert same_text(ours, encode(base_clip, f"a {word} here"))
 
     adapter.patcher.model.embeddings["g"].data = torch.zeros(32)  # which the host would drop, and move what follows
     with pytest.raises(ValueError, match="learned embedding for CLIP-G has 32 values.* takes 64"):
@@ -200,15 +200,15 @@ def test_prompt_for_another_kind_of_encoder():
 
 def test_words_go_to_the_node_that_they_are_about(monkeypatch):
     sent = []
-    instance = SimpleNamespace(send_sync=lambda *message: sent.append(message))
+    instance = SimpleNamespace(send_sync=lambda *message: sent.append(message), client_id="me")
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
     monkeypatch.setitem(sys.modules, "server", server)
     warn("<anna> & <bob>\nare here.", "7")
     show("nobody", None)
     show("as it should be", "8")
     assert sent == [
-        ("nested_attention.notice", {"node_id": "7", "text": "<anna> & <bob>\nare here.", "warning": True}),
-        ("nested_attention.notice", {"node_id": "8", "text": "as it should be", "warning": False}),
+        ("nested_attention.notice", {"node_id": "7", "text": "<anna> & <bob>\nare here.", "warning": True}, "me"),
+        ("nested_attention.notice", {"node_id": "8", "text": "as it should be", "warning": False}, "me"),
     ]
 
 
