@@ -71,7 +71,11 @@ def split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
 
 def per_query_values(q: Tensor, token: NestedToken) -> Tensor:
     """v*, [B, H, N, D]: what the subject is at each image position (eq. 1)."""
-    return fused_attention(q, *(x if len(q) == 1 else x.expand(len(q), -1, -1, -1) for x in (token.keys, token.values)))
+    nested = [x if len(q) == 1 else x.expand(len(q), -1, -1, -1) for x in (token.keys, token.values)]
+    if q.device.type == "cpu" or (q.is_cuda and torch.version.hip is None):
+        return fused_attention(q, *nested)
+    # Elsewhere it may make all probabilities, in which case a chunk of the queries at a time bounds the memory.
+    return torch.cat([fused_attention(part, *nested) for part in q.split(1024, dim=2)], dim=2)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

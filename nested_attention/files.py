@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import NestedAdapter
@@ -66,9 +66,13 @@ def save_adapter(adapter: NestedAdapter, path: str | Path, *, notes: Mapping[str
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, shared: bool = False
 ) -> None:
-    """Write a safetensors file such that it is there whole or not at all."""
+    """Write a safetensors file such that it is there whole or not at all. Raises OSError where it cannot be."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(Path(path), lambda file: file.write(save(content, metadata=dict(metadata))), shared=shared)
+    try:
+        # By its name: through the open file it would be made in memory first.
+        write_atomically(Path(path), lambda file: save_file(content, str(file.name), dict(metadata)), shared=shared)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], *, shared: bool = False) -> None:

@@ -85,6 +85,8 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file. Raises AdapterFileError where it cannot be read."""
     try:
         return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except (MemoryError, PermissionError):  # which say what it is
+        raise
     except Exception as error:  # each format has errors of its own, and none names the file
         pickled, said = isinstance(error, pickle.UnpicklingError), str(error)
         if pickled and ("global" in said.lower() or "blocked" in said):

@@ -39,6 +39,10 @@ class Progress:
         if step % self.log_every == 0 or step == self.steps:
             log.info("%s", self.line(line))
 
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
     def line(self, values: dict[str, Any]) -> str:
         seconds = (time.monotonic() - self.began) / max(1, values["step"] - self.first)
         left = round(seconds * (self.steps - values["step"]))
