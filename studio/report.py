@@ -227,8 +227,8 @@ the scores behind it lie in `studio/results/`.
   71 % of the people wear glasses and 42 % a beard (of those trained on 53 and 37 %), which hide expressions.
 - The judge is a network of its own, trained for {judge} steps on rendered pictures of those who are trained on. What
   it scores on **real pictures**, the very same ones doing just what the prompts ask, drawn by what drew the training's
-  pictures, is the ceiling: no model can score more. **Told in words** is the base model alone, with a prompt that names
-  all that is scored: the most that words can do.
+  pictures, is the ceiling; with somebody who is read more easily, or by chance, a model may score a bit more. **Told in
+  words** is the base model alone, with a prompt that names all that is scored: the most that words can do.
 - All ways were trained for {adapter} steps of 16 on the same pairs with the same settings, which were chosen for nested
   attention, after {start} steps of a warm start in which the Q-Former learns to give for a photo the text states of a
   caption that tells all; the same one for each number of tokens. The word's values are larger, and learn faster, in

@@ -80,23 +80,45 @@ def encoders_fingerprint(base: Base) -> str:
     return repr((parts, type(base.vae).__name__, getattr(base.vae, "vae_dtype", None), clip.layer_idx, patches))
 
 
+@contextmanager
+def reading(setting: str, path: str) -> Iterator[None]:
+    """Raises TrainingError, which names the setting and its file, where that cannot be read."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # each format has errors of its own, and none names the file
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TrainingError(
+            f"{setting} = {path} cannot be read: {reason}. It is not there, damaged, not completely downloaded, or "
+            "something else than this setting is for."
+        ) from error
+
+
 def load_base(config: TrainingConfig) -> Base:
-    """The base model from its files. Raises TrainingError where a part of it is missing."""
+    """The base model from its files. Raises TrainingError where one cannot be read, or a part of it is missing."""
     options = {"dtype": DTYPES[config.precision]}
     model = clip = vae = vision = None
     if config.checkpoint:
-        model, clip, vae, vision = comfy.sd.load_checkpoint_guess_config(
-            config.checkpoint, output_clipvision=not config.clip_vision, model_options=options, disable_dynamic=True
-        )
+        with reading("checkpoint", config.checkpoint):
+            model, clip, vae, vision = comfy.sd.load_checkpoint_guess_config(
+                config.checkpoint, output_clipvision=not config.clip_vision, model_options=options, disable_dynamic=True
+            )
     if config.diffusion_model:
-        model = comfy.sd.load_diffusion_model(config.diffusion_model, model_options=options, disable_dynamic=True)
+        with reading("diffusion_model", config.diffusion_model):
+            model = comfy.sd.load_diffusion_model(config.diffusion_model, model_options=options, disable_dynamic=True)
     if config.text_encoders:
-        clip = comfy.sd.load_clip(list(config.text_encoders), disable_dynamic=True)
+        with reading("text_encoders", ", ".join(config.text_encoders)):
+            clip = comfy.sd.load_clip(list(config.text_encoders), disable_dynamic=True)
     if config.vae:
-        state, metadata = comfy.utils.load_torch_file(config.vae, return_metadata=True)
-        vae = comfy.sd.VAE(sd=state, metadata=metadata)
+        with reading("vae", config.vae):
+            state, metadata = comfy.utils.load_torch_file(config.vae, return_metadata=True)
+            vae = comfy.sd.VAE(sd=state, metadata=metadata)
+            vae.throw_exception_if_invalid()
     if config.clip_vision:
-        vision = comfy.clip_vision.load(config.clip_vision)
+        with reading("clip_vision", config.clip_vision):
+            if (vision := comfy.clip_vision.load(config.clip_vision)) is None:
+                raise ValueError("ComfyUI knows no image encoder of this kind")
     parts = {"checkpoint or diffusion_model": model, "text_encoders": clip, "vae": vae, "clip_vision": vision}
     if missing := [name for name, part in parts.items() if part is None]:
         raise TrainingError(f"The base model is not complete. Name files for: {', '.join(missing)}.")

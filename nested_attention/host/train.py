@@ -25,7 +25,7 @@ from ..training.processes import rank_and_size
 from ..training.samples import Reader, Row, Sample, stable_hash
 from ..training.trainer import Trainer
 from ..training.troubles import BROKEN, Troubles
-from .base import DTYPES, Base, checkpointed, fresh_adapter
+from .base import DTYPES, Base, checkpointed, fresh_adapter, reading
 from .layers import check_fit, cross_attention_sites
 from .objective import DiffusionObjective
 from .validation import Validation
@@ -74,8 +74,16 @@ def train(
             if trainer.step:
                 write_adapter(trainer)
             raise
-    if rank_and_size()[0] == 0:
-        path = write_adapter(trainer)
+    path = Path(config.output) / ADAPTER
+    if trainer.step == trainer.began and path.exists():
+        # Which tells of the settings that it was trained with.
+        log.warning(
+            "The training in %s had all its steps: %d. Raise steps to go on; another output begins anew.",
+            path.parent,
+            trainer.step,
+        )
+    elif rank_and_size()[0] == 0:
+        write_adapter(trainer)
         log.info("The adapter of step %d: %s. Put it into ComfyUI's models/nested_attention.", trainer.step, path)
     return finished
 
@@ -90,7 +98,8 @@ def write_adapter(trainer: Trainer) -> Path:
 def make_adapter(config: TrainingConfig, base: Base, start: NestedAdapter | None = None) -> NestedAdapter:
     """A fresh adapter or the one to start from, in fp32 on the base model's device."""
     if start is not None or config.start_from:
-        adapter = load_adapter(config.start_from) if start is None else copy.deepcopy(start)
+        with reading("start_from", config.start_from):
+            adapter = load_adapter(config.start_from) if start is None else copy.deepcopy(start)
         sites = cross_attention_sites(base.model.model.diffusion_model)
         check_fit(adapter.config, sites, Path(config.start_from).name)
     else:

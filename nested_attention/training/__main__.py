@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .config import TrainingError, from_arguments
+from .config import TrainingConfig, TrainingError, from_arguments
+from .entries import records
 from .processes import joined
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     try:
         config = from_arguments()
         find_host()
+        check_paths(config)
         with joined():
             from ..host.base import load_base
             from ..host.train import train
@@ -29,6 +31,15 @@ def main() -> None:
         sys.exit(f"Training stopped: {error}")
     if not finished:
         sys.exit("Interrupted; checkpoint and adapter hold all steps so far. The same command goes on from there.")
+
+
+def check_paths(config: TrainingConfig) -> None:
+    """Raises TrainingError for what would come up only once the base model is loaded."""
+    next(records(Path(config.data)), None)
+    try:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"output = {config.output} cannot be made: {error}.") from error
 
 
 def find_host() -> None:

@@ -36,7 +36,11 @@ class TrainingConfig:
     start_from         an adapter to train further, instead of a fresh one
 
     class_word         word of the captions that the subject takes the place of; the placeholder is <class_word>
-    queries .. norm_factor   the adapter, as in AdapterConfig
+    queries            nested tokens of one photo; the paper has 1024
+    dim, depth, dim_head, ff_mult   the Q-Former: its width, its layers, and in them the width of a head and how many
+                       times wider than itself the feed-forward is
+    feature_layer      of the image encoder whose features it sees
+    norm, norm_factor  of the values: rescale gives them norm_factor times the norm of the text's, clamp at most that
     value_share        W_Vn of a fresh adapter is larger, and learns faster, in each head whose attention to the
                        subject's word, p_s, is below this on average: by share / p_s, at most a hundredfold. 0: as the
                        layer's own to_v
@@ -51,11 +55,13 @@ class TrainingConfig:
     learning_rate      after the `warmup`, in whose steps it rises from 0
     qformer_rate       factor on the learning rate for the Q-Former: one that has learned already is soon spoilt
     schedule           of the learning rate after the warm-up: constant, or falling along a cosine to 0 at the last step
+    weight_decay       of AdamW
     clip_norm          the largest norm of a step's gradients; 0: any
     ema                how much of it the running mean of the weights, which is what is saved, keeps at a step
     min_snr_gamma      0: the plain loss in the base model's own target
     precision          of the frozen base model, and of autocast in the adapter, whose weights stay fp32
     gradient_checkpointing   compute parts of the UNet twice in place of keeping them
+    seed               of the fresh adapter, and of all that is drawn by chance
 
     cache              keep latents and text states in memory, or on disk in the output's folder `cache`
     prefetch           micro-batches read ahead
@@ -244,7 +250,10 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".toml":
-            return json.loads(text)
+            settings = json.loads(text)
+            if not isinstance(settings, dict):
+                raise ValueError("not an object of settings")
+            return settings
         import tomllib  # from Python 3.11 on
 
         return tomllib.loads(text)

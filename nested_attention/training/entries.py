@@ -8,6 +8,7 @@ own folder. Shards are .tar files of what a folder holds.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from .config import TrainingConfig, TrainingError
 from .pictures import SUFFIXES, Box, Size, Source, picture_size
 from .shards import expand, shard_records
 from .troubles import BROKEN, Troubles
+
+log = logging.getLogger("nested_attention")
 
 Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
 
@@ -42,7 +45,9 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
         except BROKEN as error:
             troubles.report(f"{name}: {error}.")
     if not entries:
-        raise TrainingError(f"{path} holds no usable entry ({troubles.count} are broken).")
+        raise TrainingError(
+            f"{path} holds no usable entry ({troubles.count} are broken). Pictures are {', '.join(SUFFIXES)}."
+        )
     return entries
 
 
@@ -71,7 +76,12 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def folder_records(folder: Path) -> Records:
-    for image in (p for p in files_of(folder, SUFFIXES) if ".subject." not in p.name):
+    images = [p for p in files_of(folder, SUFFIXES) if ".subject." not in p.name]
+    shown = {p.with_suffix("") for p in images}
+    if lonely := [p.name for p in files_of(folder, (".txt",)) if p.with_suffix("") not in shown]:
+        known = ", ".join(SUFFIXES)
+        log.warning("No picture (%s) stands beside %d .txt files, such as %s.", known, len(lonely), lonely[0])
+    for image in images:
         crop = next((c for s in SUFFIXES if (c := image.with_name(f"{image.stem}.subject{s}")).exists()), None)
         yield str(image.relative_to(folder)), lambda image=image, crop=crop: folder_record(image, crop)
 

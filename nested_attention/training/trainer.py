@@ -96,7 +96,7 @@ class Trainer:
             fused=self.device.type == "cuda" or None,  # others make a copy of all moments in each step
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.step = 0
+        self.step = self.began = 0
         self.checkpoint = Path(config.output) / "checkpoint.pt"
 
     def run(self, stop: Callable[[], bool] = lambda: False, interrupts: tuple[type[BaseException], ...] = ()) -> bool:
@@ -108,6 +108,7 @@ class Trainer:
         """
         if self.checkpoint.exists():
             self.restore(load_checkpoint(self.checkpoint))
+        self.began = self.step
         if self.mean(torch.tensor(float(self.step), device=self.device)).item() != self.step:
             raise TrainingError(
                 f"The processes see different checkpoints in {self.checkpoint.parent}. Put output into a folder that "
@@ -118,6 +119,8 @@ class Trainer:
             Progress(Path(c.output), steps=c.steps, step=self.step, log_every=c.log_every) if self.leads else None
         )
         with ExitStack() as stack:
+            if progress is not None:
+                stack.callback(progress.close)
             batches = self.batches(stack)
             while self.step < c.steps:
                 try:
@@ -269,7 +272,10 @@ class Trainer:
             different.append("other entries in the data")
         if state["processes"] != self.processes:
             different.append(f"processes: {self.processes}, was {state['processes']}")
-        if different and self.leads:
+        going_on = self.leads and state["step"] < self.config.steps
+        if going_on:
+            log.info("Going on from step %d of %s; another output begins anew.", state["step"], self.checkpoint.parent)
+        if going_on and different:
             log.warning("The training goes on with other settings than it had: %s.", "; ".join(different))
         try:
             self.adapter.load_state_dict(state["adapter"])

@@ -137,7 +137,8 @@ def test_stop_keeps_what_was_learnt(tmp_path):
     ("schedule", "now", "said"),
     [
         ("constant", {"steps": 5}, ""),
-        ("constant", {"batch": 1}, "batch: 1, was 2"),
+        ("constant", {"steps": 5, "batch": 1}, "batch: 1, was 2"),
+        ("constant", {"batch": 1}, ""),
         ("cosine", {"steps": 5}, "steps: 5, was 4"),
         ("cosine", {"cache": "memory"}, ""),
     ],

@@ -301,6 +301,18 @@ def test_resumed_is_uninterrupted(base, folder, tmp_path):
     assert str(tmp_path) not in a[1]["training"]
 
 
+def test_a_finished_run_is_left_as_it_is(base, folder, tmp_path, caplog):
+    config = settings(folder, output=str(tmp_path / "done"), steps=2)
+    path = tmp_path / "done" / "adapter.safetensors"
+    assert train(config, base)
+    before = path.read_bytes()
+    assert train(replace(config, steps=1, learning_rate=0.5), base)
+    assert "had all its steps: 2." in caplog.text and "other settings" not in caplog.text
+    assert path.read_bytes() == before
+    path.unlink()
+    assert train(config, base) and path.exists()
+
+
 def test_a_fresh_adapter_at_strength_zero_is_the_host(base, folder, tmp_path):
     adapter = fresh_adapter(settings(folder), base)
     save_adapter(adapter, tmp_path / "fresh.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import comfy.clip_vision
@@ -9,10 +10,16 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_training import settings
 
 from nested_attention.host.base import Base, load_base
 from nested_attention.training.config import TrainingError
+
+
+class Vae(str):
+    def throw_exception_if_invalid(self):
+        pass
 
 
 @pytest.fixture
@@ -33,7 +40,7 @@ def loaders(monkeypatch):
     monkeypatch.setattr(comfy.sd, "load_diffusion_model", load_diffusion_model)
     monkeypatch.setattr(comfy.sd, "load_clip", lambda paths, **_: paths)
     monkeypatch.setattr(comfy.utils, "load_torch_file", lambda path, **_: (path, {}))
-    monkeypatch.setattr(comfy.sd, "VAE", lambda sd, metadata: sd)
+    monkeypatch.setattr(comfy.sd, "VAE", lambda sd, metadata: Vae(sd))
     monkeypatch.setattr(comfy.clip_vision, "load", lambda path: path)
     return parts
 
@@ -57,3 +64,20 @@ def test_a_missing_part_of_the_base_model_is_named(tmp_path, loaders, missing):
     for files in ({k: v for k, v in FILES.items() if k != missing}, {"checkpoint": "a"}):
         with pytest.raises(TrainingError, match=f"not complete. Name files for: {named}.$"):
             load_base(settings(tmp_path, **files))
+
+
+SETTINGS = ("checkpoint", "diffusion_model", "vae", "clip_vision", "text_encoders")
+
+
+@pytest.mark.parametrize(
+    ("setting", "whole"),
+    [*((s, False) for s in SETTINGS), *((s, True) for s in SETTINGS[:-1])],  # any whole file is a text encoder
+)
+def test_a_file_of_something_else_is_named(tmp_path, setting, whole):
+    path = tmp_path / "file.safetensors"
+    save_file({"weight": torch.ones(64)}, path)
+    if not whole:
+        path.write_bytes(path.read_bytes()[:20])
+    named = (str(path),) if setting == "text_encoders" else str(path)
+    with pytest.raises(TrainingError, match=rf"^{setting} = {re.escape(str(path))} cannot be read: "):
+        load_base(settings(tmp_path, **{setting: named}))
