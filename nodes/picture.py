@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..nested_attention.alignment import SIZE, cut_square, square_of
 from ..nested_attention.crop import BACKGROUNDS, area_of, cut
 from ..nested_attention.host.faces import ORDERS, find_faces
-from ..nested_attention.host.images import GREY, as_batch, as_rgb, fit, masks_of
+from ..nested_attention.host.images import GREY, as_batch, as_rgb, check_mask, fit, masks_of
 from ..nested_attention.host.notice import show, warn
 from .sockets import CATEGORY
 
@@ -133,6 +133,7 @@ class CropSubject(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip="The subject's area, white on black."),
             ],
             outputs=[io.Image.Output(display_name="image")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -140,6 +141,7 @@ class CropSubject(io.ComfyNode):
         cls, image, margin: float, square: bool, background: str, x: int, y: int, width: int, height: int, mask=None
     ) -> io.NodeOutput:
         image = as_rgb(image)
+        check_mask(mask, image, cls.hidden.unique_id)
         box = (x, y, width, height) if width and height else None
         areas = [area_of(*image.shape[1:3], each, box) for each in masks_of(mask, len(image))]
         crops = as_batch(

@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..nested_attention.host.adapters import bind, load_adapter, subject_of
-from ..nested_attention.host.images import encode
+from ..nested_attention.host.images import check_mask, encode
 from ..nested_attention.subject import combine, load_subject, save_subject
 from .folders import ADAPTERS, SUBJECTS, choices, full_path, modified, new_file
 from .sockets import CATEGORY, Adapter, Subject
@@ -47,10 +47,12 @@ class EncodeSubject(io.ComfyNode):
                 Subject.Output(display_name="subject"),
                 io.Image.Output(display_name="seen", tooltip="What the image encoder saw."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, adapter, clip_vision, image, fit: str, images: str, mask=None) -> io.NodeOutput:
+        check_mask(mask, image, cls.hidden.unique_id)
         seen, features = encode(clip_vision, image, mask, fit, adapter.config)
         return io.NodeOutput(subject_of(adapter, features, images), seen)
 
@@ -149,6 +151,11 @@ class LoadSubject(io.ComfyNode):
     def execute(cls, subject_name: str, adapter=None) -> io.NodeOutput:
         subject = load_subject(full_path(SUBJECTS, subject_name))
         if adapter is None:
+            if folder_paths.get_full_path(ADAPTERS, subject.adapter_name) is None:
+                raise ValueError(
+                    f"The adapter that made this subject, '{subject.adapter_name}', is not in models/{ADAPTERS}. Put "
+                    "it there, or, if it has another name now, load it with Load Nested Adapter and connect it here."
+                )
             adapter = load_adapter(full_path(ADAPTERS, subject.adapter_name), subject.adapter_name)
         return io.NodeOutput(bind(subject, adapter))
 

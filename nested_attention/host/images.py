@@ -13,9 +13,11 @@ from einops import rearrange
 from torch import Tensor
 
 from ..adapter import AdapterConfig
+from .notice import warn
 
 GREY = 0.5
 UNLIKE = 0.05  # of the logarithm of an aspect ratio
+EMPTY = 0.01  # the host's loader gives opaque pictures masks of up to 0.004
 ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14 (the image encoder of IP-Adapter)", 1664: "CLIP ViT-bigG/14"}
 
 
@@ -31,7 +33,8 @@ def as_rgb(images: Tensor, mask: Tensor | None = None) -> Tensor:
     keep = images[..., -1:] if channels in (2, 4) else None
     if mask is not None:
         masks = torch.stack(masks_of(mask, len(images)))[:, None].float()
-        masks = masks + (masks.amax((2, 3), keepdim=True) == 0)  # an empty one is the host's word for none
+        # An empty one is the host's word for none.
+        masks = torch.where(masks.amax((2, 3), keepdim=True) < EMPTY, 1.0, masks)
         resized = rearrange(F.interpolate(masks, images.shape[1:3], mode="bilinear"), "b 1 h w -> b h w 1").to(color)
         keep = resized if keep is None else keep * resized
     return color if keep is None else torch.lerp(torch.full_like(color, GREY), color, keep)
@@ -61,6 +64,16 @@ def masks_of(mask: Tensor | None, pictures: int) -> list[Tensor | None]:
     if len(masks) not in (1, pictures):
         raise ValueError(f"There are {len(masks)} masks for {pictures} pictures. Connect one, or one for each.")
     return list(masks.expand(pictures, -1, -1))
+
+
+def check_mask(mask: Tensor | None, images: Tensor, node_id: str | None) -> None:
+    """Warn where a mask [..., h, w] is of another picture than [B, H, W, C]."""
+    if mask is not None and mask.max() >= EMPTY and differ_in_aspect(mask.shape, images.shape[1:3]):
+        warn(
+            "The mask is of another shape than the image, and is stretched over it. Connect the mask of this very "
+            "image: where it was cropped or aligned before, that of the photo no longer fits.",
+            node_id,
+        )
 
 
 def differ_in_aspect(first: Sequence[int], second: Sequence[int]) -> bool:

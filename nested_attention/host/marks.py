@@ -62,7 +62,8 @@ def sign(state: Tensor, placeholder: str, weight: float, step: int = 1) -> Tenso
 
 
 def digest(states: Tensor) -> str:
-    return hashlib.sha256(states.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    numbers = states.detach().float().cpu() + 0.0  # a zero may get or lose its minus on the way
+    return hashlib.sha256(numbers.contiguous().numpy().tobytes()).hexdigest()
 
 
 def find_placements(context: Tensor, record: list[Section], ledger: dict[str, Section]) -> list[list[Placement]]:

@@ -132,10 +132,8 @@ class Recording:
             return "The prompt holds no subject, or its strength is 0: see Apply Subject."
         if self.partial:
             return "The sampler worked on parts of the picture (areas, tiles), which cannot be recorded."
-        return (
-            f"No layer's name holds '{self.layers}', or no subject was active at the steps '{self.steps}' of "
-            f"{self.total}."
-        )
+        named = f"No layer's name holds '{self.layers}', or no" if self.layers else "No"
+        return f"{named} subject was active at the steps '{self.steps}' of {self.total}."
 
     def require_run(self, prompt: Prompt | None, source: Any) -> None:
         """Raise ValueError where there is nothing to show, or not of the run that made the picture.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import KEY
 from .adapters import LoadedAdapter, nested_pair
-from .images import differ_in_aspect
+from .images import EMPTY, differ_in_aspect
 from .layers import Site, cross_attention_sites
 from .marks import Ledger, Placement
 from .notice import show, warn
@@ -75,7 +75,9 @@ class Personalization:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         noise = args[0] if args else kwargs["noise"]
-        subjects = [s for s in self.subjects if s.strength and s.start_percent < s.end_percent]
+        strongest = max(subject.competition for subject in self.subjects)
+        shown = [s for s in self.subjects if s.strength and s.start_percent < s.end_percent]
+        subjects = [replace(subject, competition=strongest) for subject in shown]
         for subject in self.subjects:
             if subject.start_percent >= subject.end_percent:
                 warn(
@@ -91,6 +93,7 @@ class Personalization:
         if subjects and self.write_places(guider, found, subjects, noise):
             run = Run(guider.model_patcher, subjects, recording_of(guider.model_patcher))
             run.install(guider.model_options)
+            run.tell_idle(args[3] if len(args) > 3 else kwargs["sigmas"])  # the host's outer_sample has them fourth
         return executor(*args, **kwargs)
 
     def write_places(self, guider: Any, found: Found, subjects: list[AppliedSubject], noise: Tensor) -> bool:
@@ -105,9 +108,16 @@ class Personalization:
                 warn(
                     f"No prompt holds {subject.placeholder}, so the picture does not show its subject. Write "
                     f"{subject.placeholder} into the positive prompt, encoded with the CLIP of Apply Subject. If it "
-                    "is there, a node between takes it out, or encodes in a way of its own.",
+                    "is there, a node between takes it out (an average of two prompts may), or encodes in a way of "
+                    "its own.",
                     subject.node_id,
                 )
+        if strange := sorted(present - {subject.placeholder for subject in self.subjects}):
+            warn(
+                f"The prompt holds {', '.join(strange)}, whose subject this model does not have, so the picture does "
+                "not show it. Take both model and CLIP from the last Apply Subject of the chain.",
+                self.subjects[-1].node_id,
+            )
         numbers = {subject.placeholder: i for i, subject in enumerate(subjects)}
         if not present & numbers.keys():
             return False
@@ -149,7 +159,7 @@ def check_region(subject: AppliedSubject, masks: Tensor, pictures: int, size: tu
             "turn, from the first on. Connect one, or one for each.",
             subject.node_id,
         )
-    if not masks.any():
+    if masks.max() < EMPTY:
         warn(
             f"The region of {subject.placeholder} is empty, so its subject shows nowhere. Paint one, or leave "
             "region unconnected.",
@@ -265,6 +275,17 @@ class Run:
             return list(range(len(self.subjects)))
         sigma = float(options["sigmas"].max())
         return [i for i, (start, end) in enumerate(self.sigmas) if end <= sigma <= start]
+
+    def tell_idle(self, sigmas: Tensor) -> None:
+        """Say whose range of steps holds none of a sampler's."""
+        for subject, (start, end) in zip(self.subjects, self.sigmas, strict=True):
+            if not ((sigmas[:-1] >= end) & (sigmas[:-1] <= start)).any():
+                show(
+                    f"None of this sampler's steps lies within {subject.placeholder}'s, which are from "
+                    f"{subject.start_percent:g} to {subject.end_percent:g} of the whole sampling: it draws the plain "
+                    "class word.",
+                    subject.node_id,
+                )
 
     def check_reached(self) -> None:
         missing = [str(site) for i, site in enumerate(self.sites) if i not in self.reached]

@@ -126,7 +126,7 @@ def class_tokens(
             parts = " + ".join(f"'{vocabulary[i].removesuffix('</w>')}'" for i in ids) or "nothing"
             raise ValueError(
                 f"The class word must be one CLIP token; '{word}' is {len(ids)} ({parts}). "
-                "Choose a simpler word for what the subject is, such as person, woman, dog or car."
+                "Choose a simpler English word for what the subject is, such as person, woman, dog or car."
             )
         tokens[name] = SubjectToken(ids[0], placeholder)
     return tokens

@@ -122,6 +122,8 @@ def chosen_steps(text: str, total: int) -> set[int]:
             chosen |= set(range(1 if part == "all" else total, total + 1))
         elif match := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part):
             first, last = int(match[1]), int(match[2] or match[1])
+            if not 1 <= first <= last:
+                raise ValueError(f"'{part}' is no step: they count from 1, and a range from its first to its last.")
             chosen |= set(range(first, min(last, total) + 1))
         else:
             raise ValueError(f"'{part}' is no step. Write all, last, a number from 1, or a range: 1-4, 10, last.")

@@ -106,6 +106,19 @@ def test_a_warning_stays_until_its_node_runs_again(quickstart):
     expect(quickstart.node(APPLY)).not_to_contain_text(warning)
 
 
+def test_a_warning_of_one_sampler_outlasts_what_the_next_says(quickstart):
+    """Of three prompts one misses the word."""
+    texts = [node["id"] for node in NODES if "<person>" in str(node.get("widgets_values")) and node["id"] != APPLY]
+    change = "id => { app.graph.getNodeById(id).widgets.find(w => w.name === 'text').value = 'a happy person' }"
+    quickstart.page.evaluate(change, texts[0])
+    quickstart.run()
+    for node in NODES:
+        if node["type"] == "SaveImage":
+            quickstart.picture(node["id"])
+    quickstart.page.wait_for_timeout(2000)
+    expect(quickstart.node(APPLY)).to_contain_text("No prompt holds <person>")
+
+
 def test_a_warning_is_seen_from_outside_of_a_subgraph(quickstart):
     page = quickstart.page
     quickstart.set(APPLY, "end_percent", 0)

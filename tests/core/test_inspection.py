@@ -124,8 +124,9 @@ def test_shares_and_averages():
 def test_steps_and_layers_by_name():
     assert chosen_steps("all", 4) == {1, 2, 3, 4} == chosen_steps("", 4)
     assert chosen_steps("1-2, 9-20,last", 10) == {1, 2, 9, 10} and chosen_steps("30", 20) == set()
-    with pytest.raises(ValueError, match="'first' is no step"):
-        chosen_steps("first", 4)
+    for wrong in ("first", "0", "3-1"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is no step"):
+            chosen_steps(wrong, 4)
     assert chosen_steps("1-2，9－20", 10) == {1, 2, 9, 10} and is_wanted("output 1.0 32x32", "input，32x32")
     assert is_wanted("output 1.0 32x32", "input, 32x32") and not is_wanted("output 1.0 32x32", "64x64")
 

@@ -65,7 +65,8 @@ def test_alpha_and_mask_leave_the_rest_grey(photo):
     masked = as_rgb(photo, alpha[..., 0])
     for image in (rgba, masked):
         assert torch.equal(image[:, :, :256], photo[:, :, :256]) and (image[:, :, 256:] == 0.5).all()
-    assert torch.equal(as_rgb(photo, torch.zeros(1, 64, 64)), photo)  # what Load Image gives beside a picture
+    for none in (0.0, 0.004):  # what Load Image gives beside a picture, and beside one that is opaque
+        assert torch.equal(as_rgb(photo, torch.full((1, 64, 64), none)), photo)
     half = torch.full_like(photo[..., :1], 0.5)
     both = as_rgb(torch.cat([photo, half], dim=-1), alpha[..., 0])
     torch.testing.assert_close(both[:, :, :256], 0.25 + photo[:, :, :256] / 2)

@@ -115,6 +115,7 @@ def pack(tmp_path_factory):
 
 
 def run(node, **inputs):
+    node.hidden = HiddenHolder.from_dict({Hidden.unique_id: "7"})
     return node.execute(**inputs).result
 
 
@@ -210,7 +211,6 @@ def test_from_photo_to_picture(pack, adapter, base_model, base_clip):
     assert seen.shape == (1, 32, 32, 3)
     schema = pack["NestedAttentionApplySubject"].define_schema()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
-    pack["NestedAttentionApplySubject"].hidden = type("Hidden", (), {"unique_id": "7"})
     model, clip = run(
         pack["NestedAttentionApplySubject"], model=base_model, clip=base_clip, subject=subject, **defaults
     )
@@ -354,6 +354,11 @@ def test_save_and_load(pack, adapter):
         (loaded,) = run(load, subject_name=name, **given)
         assert torch.equal(loaded.subject.tokens, subject.subject.tokens)
         assert loaded.adapter.fingerprint == adapter.fingerprint and (loaded.adapter is adapter) is bool(given)
+    file = Path(folder_paths.get_full_path("nested_attention", adapter.name))
+    file.rename(renamed := file.with_name("another.safetensors"))
+    with pytest.raises(ValueError, match=f"'{adapter.name}', is not in models/nested_attention.*another name now"):
+        run(load, subject_name=name)
+    renamed.rename(file)
 
 
 def test_a_changed_file_is_read_again(pack, adapter):

@@ -1,0 +1,91 @@
+"""What a run says of subjects that it cannot draw as they were meant."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.model_management
+import pytest
+import torch
+from sampling import PROMPT, encode, sample
+from small_models import make_adapter, make_subject
+
+from nested_attention.adapter import NestedAdapter
+from nested_attention.host import run
+from nested_attention.host.adapters import load_adapter, read_weights
+from nested_attention.host.apply import apply_subject
+from nested_attention.host.images import check_mask
+from nested_attention.host.run import AppliedSubject, Run
+
+
+@pytest.fixture
+def couple(applied, other):
+    return apply_subject(*applied, other, placeholder="<dog>", class_word="dog")
+
+
+def test_a_chain_that_was_wired_wrongly(applied, couple, base_model, other, caplog):
+    """The prompt knows both subjects, the model one of them."""
+    missed, _ = apply_subject(base_model, couple[1], other, placeholder="<cat>", class_word="cat")
+    for model, strange in ((applied[0], "<dog>"), (missed, "<dog>, <person>")):
+        caplog.clear()
+        sample(model, encode(couple[1], "<person> walking a <dog>"), encode(couple[1], "bad"))
+        assert f"The prompt holds {strange}, whose subject this model does not have" in caplog.text
+    caplog.clear()
+    sample(couple[0], encode(couple[1], "<person> walking a <dog>"), encode(couple[1], "bad"))
+    assert "does not have" not in caplog.text
+
+
+def test_a_second_pass_beyond_a_subjects_steps(base_model, base_clip, person, monkeypatch):
+    said = []
+    monkeypatch.setattr(run, "show", lambda text, node_id: said.append(text))
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", end_percent=0.5)
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    sigma = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    for sigmas, idle in (([2 * sigma, sigma / 2, 0.0], False), ([sigma / 2, sigma / 4, 0.0], True)):
+        said.clear()
+        sample(model, positive, negative, sigmas=torch.tensor(sigmas))
+        assert said[0] == "<person> stands in the prompt."
+        assert any("None of this sampler's steps lies within <person>'s" in text for text in said[1:]) is idle
+
+
+def test_a_mask_of_another_picture(caplog):
+    images, wide, none = torch.rand(1, 64, 64, 3), torch.ones(1, 64, 96), torch.full((1, 48, 64), 0.004)
+    for mask, said in ((wide, True), (wide[..., :64], False), (none, False), (None, False)):
+        caplog.clear()
+        check_mask(mask, images, None)
+        assert ("The mask is of another shape" in caplog.text) is said
+
+
+@pytest.mark.parametrize("error", [MemoryError, PermissionError])
+def test_what_is_no_fault_of_the_file_is_not_told_as_one(monkeypatch, error):
+    def fail(*_, **__):
+        raise error("said so")
+
+    monkeypatch.setattr("comfy.utils.load_torch_file", fail)
+    with pytest.raises(error, match="said so"):
+        read_weights("a.safetensors")
+
+
+def test_an_adapter_that_was_loaded_twice_goes_to_the_device_once(base_model, sites, tmp_path):
+    """As by two Load Subject nodes."""
+    path = make_adapter(tmp_path / "one.safetensors", sites)
+    loaded = [load_adapter(str(path), path.name) for _ in range(2)]
+    subjects = [AppliedSubject(n, make_subject(a).subject.tokens, a) for n, a in zip("ab", loaded, strict=True)]
+    comfy.model_management.unload_all_models()
+    made = Run(base_model, subjects)
+    held = [m.model.model for m in comfy.model_management.current_loaded_models]
+    assert sum(isinstance(model, NestedAdapter) for model in held) == 1
+    assert len(made.pairs) == 2 * len(made.sites)
+
+
+def test_competition_counts_where_its_own_subject_is_absent(base_model, base_clip, person, other):
+    """The largest in the chain counts for all."""
+
+    def drawn(competition):
+        model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>")
+        model, clip = apply_subject(model, clip, other, placeholder="<bob>")
+        third = replace(person, subject=other.subject)
+        model, clip = apply_subject(model, clip, third, placeholder="<pet>", competition=competition)
+        return sample(model, encode(clip, "<anna> and <bob>"), encode(clip, "bad"))
+
+    assert not torch.allclose(drawn(3.0), drawn(0.0), rtol=1e-2)
