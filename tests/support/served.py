@@ -92,22 +92,24 @@ def pixels_of(png: bytes) -> np.ndarray:
 
 
 @contextmanager
-def texts_on_nodes(address: str) -> Iterator[list[tuple[str, str]]]:
-    """Collect (node id, text) of what the server shows on nodes while the block runs."""
+def texts_on_nodes(client: Client) -> Iterator[tuple[Client, list[tuple[str, str]]]]:
+    """A client to queue with while the block runs, and (node id, text) of what the server shows it on nodes."""
+    listener = Client(client.address)
     found: list[tuple[str, str]] = []
     connected, finished = threading.Event(), threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_listen(address, found, connected, finished)))
+    thread = threading.Thread(target=lambda: asyncio.run(_listen(listener, found, connected, finished)))
     thread.start()
     try:
         assert connected.wait(30)
-        yield found
+        yield listener, found
     finally:
         finished.set()
         thread.join()
 
 
-async def _listen(address: str, found: list, connected: threading.Event, finished: threading.Event) -> None:
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws", max_msg_size=0) as socket:
+async def _listen(client: Client, found: list, connected: threading.Event, finished: threading.Event) -> None:
+    address = f"{client.address}/ws?clientId={client.client_id}"
+    async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
         connected.set()
         while not finished.is_set():
             try:
