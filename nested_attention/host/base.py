@@ -85,7 +85,7 @@ def reading(setting: str, path: str) -> Iterator[None]:
     """Raises TrainingError, which names the setting and its file, where that cannot be read."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each format has errors of its own, and none names the file
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from comfy.model_management import InterruptProcessingException
+from safetensors import safe_open
 
 from ..adapter import NestedAdapter
 from ..base_models import describe
@@ -75,8 +76,8 @@ def train(
                 write_adapter(trainer)
             raise
     path = Path(config.output) / ADAPTER
-    if trainer.step == trainer.began and path.exists():
-        # Which tells of the settings that it was trained with.
+    if trainer.step == trainer.began and steps_of(path) == trainer.step:
+        # Its record tells of the settings that it was trained with.
         log.warning(
             "The training in %s had all its steps: %d. Raise steps to go on; another output begins anew.",
             path.parent,
@@ -86,6 +87,14 @@ def train(
         write_adapter(trainer)
         log.info("The adapter of step %d: %s. Put it into ComfyUI's models/nested_attention.", trainer.step, path)
     return finished
+
+
+def steps_of(path: Path) -> int | None:
+    """Of the training that wrote an adapter file, if there is one."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("training", "{}")).get("steps")
 
 
 def write_adapter(trainer: Trainer) -> Path:

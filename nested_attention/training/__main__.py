@@ -35,7 +35,7 @@ def main() -> None:
 
 def check_paths(config: TrainingConfig) -> None:
     """Raises TrainingError for what would come up only once the base model is loaded."""
-    next(records(Path(config.data)), None)
+    records(Path(config.data))
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -59,6 +59,10 @@ def records(path: Path) -> Records:
         raise TrainingError(
             f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
         )
+    return found_records(path, shards)
+
+
+def found_records(path: Path, shards: Sequence[Path]) -> Records:
     if path.is_dir():
         yield from folder_records(path)
     elif not shards:

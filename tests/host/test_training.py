@@ -311,6 +311,9 @@ def test_a_finished_run_is_left_as_it_is(base, folder, tmp_path, caplog):
     assert path.read_bytes() == before
     path.unlink()
     assert train(config, base) and path.exists()
+    save_adapter(load_adapter(path), path, notes={"training": '{"steps": 1}'})  # killed before it was written anew
+    assert train(config, base)
+    assert json.loads(read_tensors(path)[1]["training"])["steps"] == 2
 
 
 def test_a_fresh_adapter_at_strength_zero_is_the_host(base, folder, tmp_path):
