@@ -10,7 +10,6 @@ import torch
 from sampling import PROMPT, encode, sample
 from small_models import make_adapter, make_subject
 
-from nested_attention.adapter import NestedAdapter
 from nested_attention.host import run
 from nested_attention.host.adapters import load_adapter, read_weights
 from nested_attention.host.apply import apply_subject
@@ -66,16 +65,17 @@ def test_what_is_no_fault_of_the_file_is_not_told_as_one(monkeypatch, error):
         read_weights("a.safetensors")
 
 
-def test_an_adapter_that_was_loaded_twice_goes_to_the_device_once(base_model, sites, tmp_path):
+def test_an_adapter_that_was_loaded_twice_goes_to_the_device_once(base_model, sites, tmp_path, monkeypatch):
     """As by two Load Subject nodes."""
     path = make_adapter(tmp_path / "one.safetensors", sites)
     loaded = [load_adapter(str(path), path.name) for _ in range(2)]
     subjects = [AppliedSubject(n, make_subject(a).subject.tokens, a) for n, a in zip("ab", loaded, strict=True)]
-    comfy.model_management.unload_all_models()
+    asked, load = [], comfy.model_management.load_models_gpu
+    monkeypatch.setattr(
+        comfy.model_management, "load_models_gpu", lambda models, **room: asked.append(models) or load(models, **room)
+    )
     made = Run(base_model, subjects)
-    held = [m.model.model for m in comfy.model_management.current_loaded_models]
-    assert sum(isinstance(model, NestedAdapter) for model in held) == 1
-    assert len(made.pairs) == 2 * len(made.sites)
+    assert [len(models) for models in asked] == [1] and len(made.pairs) == 2 * len(made.sites)
 
 
 def test_competition_counts_where_its_own_subject_is_absent(base_model, base_clip, person, other):
