@@ -32,6 +32,8 @@ class Mark(NamedTuple):
 
 
 class Section(NamedTuple):
+    """A section of encoded text: the digest of its states, its length in tokens, and the subjects in it."""
+
     digest: str
     length: int
     marks: tuple[Mark, ...]

@@ -330,6 +330,7 @@ def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
+        ({"region": torch.zeros(1, 64, 64)}, "The region of <anna> is empty"),
         ({"region": torch.full((1, 64, 64), 0.004)}, "The region of <anna> is empty"),
         ({"region": torch.ones(3, 64, 64)}, "The region of <anna> is 3 masks for 1 pictures"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "begins at 0.5 of the sampling and ends at 0.5"),
