@@ -37,10 +37,20 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="all by default")
     parser.add_argument("--work", type=Path, default=HERE / "build", help="folder of what is made on the way")
     parser.add_argument("--weights", type=Path, default=HERE.parent / "weights", help="folder of what ships")
-    parser.add_argument("--steps", type=int, help="of each training, in place of its own number")
+    parser.add_argument(
+        "--steps", type=counted, action="append", default=[], metavar="[PART=]N",
+        help=f"of a training ({', '.join(STEPS)}), or of all, in place of its own number",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=counted, action="append", default=[], metavar="[PART=]N",
+        help="samples of a step of vision, text, base or judge, or of all of them, likewise",
+    )  # fmt: skip
     parser.add_argument("--cases", type=int, default=100, help="subjects of each table of the evidence, 152 at most")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; all by default")
     given = parser.parse_args()
+    given.steps, given.batch = dict(given.steps), dict(given.batch)
+    if unknown := {*given.steps, *given.batch} - {"", *STEPS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if unknown := set(given.stages) - set(STAGES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     find_host()
@@ -62,8 +72,19 @@ def world(given: argparse.Namespace):
     return World(given.work)
 
 
-def steps(given: argparse.Namespace, stage: str) -> int:
-    return given.steps or STEPS[stage]
+def counted(text: str) -> tuple[str, int]:
+    """'base=9000', or '9000' of all parts, whose name is empty."""
+    part, _, number = text.rpartition("=")
+    return part, int(number)
+
+
+def steps(given: argparse.Namespace, part: str) -> int:
+    return given.steps.get(part, given.steps.get("", STEPS[part]))
+
+
+def size(given: argparse.Namespace, part: str) -> dict[str, int]:
+    batch = given.batch.get(part, given.batch.get(""))
+    return {"steps": steps(given, part)} | ({"size": batch} if batch else {})
 
 
 def pictures(given: argparse.Namespace) -> None:
@@ -76,7 +97,7 @@ def pictures(given: argparse.Namespace) -> None:
 def vision(given: argparse.Namespace):
     from .train_vision import train_vision
 
-    return train_vision(world(given), given.work, steps(given, "vision"))
+    return train_vision(world(given), given.work, **size(given, "vision"))
 
 
 def text(given: argparse.Namespace):
@@ -86,7 +107,7 @@ def text(given: argparse.Namespace):
 
     scenes = world(given)
     words = Words(scenes)
-    return train_text(scenes, words, given.work, steps(given, "text")), words
+    return train_text(scenes, words, given.work, **size(given, "text")), words
 
 
 def base(given: argparse.Namespace):
@@ -94,20 +115,18 @@ def base(given: argparse.Namespace):
     from .train_base import train_base
 
     encoder, words = text(given)
-    return train_base(world(given), words, encoder, given.work, steps(given, "base")), words
+    return train_base(world(given), words, encoder, given.work, **size(given, "base")), words
 
 
 def export(given: argparse.Namespace) -> None:
     """Trains what is not trained yet."""
     from .export import export
+    from .loop import trained_for
 
     painter, words = base(given)
-    notes = {
-        "command": "python -m studio",
-        "seed": 0,
-        "steps": {part: steps(given, part) for part in ("vision", "text", "base")},
-    }
-    export(painter, vision(given), words, given.weights, notes)
+    namer = vision(given)
+    lengths = {part: trained_for(given.work / part) for part in ("vision", "text", "base")}
+    export(painter, namer, words, given.weights, {"command": "python -m studio", "seed": 0, "trained": lengths})
 
 
 def adapters(given: argparse.Namespace) -> None:
@@ -128,7 +147,7 @@ def adapters(given: argparse.Namespace) -> None:
 def judge(given: argparse.Namespace):
     from .judge import train_judge
 
-    return train_judge(world(given), given.work, steps(given, "judge"))
+    return train_judge(world(given), given.work, **size(given, "judge"))
 
 
 def trained(given: argparse.Namespace, name: str, part: float = 1.0, **changes: object) -> Path:

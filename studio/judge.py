@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attributes import Heads, truth
 from .loop import Batch, Plan, half, share, train
-from .scenes import World, as_pixels
+from .scenes import World, as_pixels, stacked
 
 BATCH = 48
 WIDTHS = (32, 64, 128, 192)
@@ -42,27 +42,27 @@ class Judge(nn.Module):
         return found
 
 
-def train_judge(world: World, work: Path, steps: int) -> Judge:
+def train_judge(world: World, work: Path, steps: int, size: int = BATCH) -> Judge:
     torch.manual_seed(0)
     judge = Judge()
 
     def batch(number: int, chance: torch.Generator) -> Batch:
         rng = Random(f"judge {number}")
-        scenes = [world.scene(rng) for _ in range(share(BATCH))]
-        pixels = soften(as_pixels([scene.picture for scene in scenes]), chance)
-        return {"pixels": pixels, "targets": judge.heads.targets([truth(world, scene) for scene in scenes])}
+        scenes = [world.scene(rng) for _ in range(share(size))]
+        return {
+            "pixels": stacked([scene.picture for scene in scenes]),
+            "targets": judge.heads.targets([truth(world, scene) for scene in scenes]),
+        }
 
     def losses(batch: Batch) -> dict[str, Tensor]:
-        return {"loss": judge.heads.loss(judge.features(batch["pixels"]), batch["targets"])}
+        return {"loss": judge.heads.loss(judge.features(soften(as_pixels(batch["pixels"]))), batch["targets"])}
 
-    return train(judge, batch, losses, Plan(steps, rate=1e-3, warmup=50, ema=0.99), work / "judge").eval()
+    return train(judge, batch, losses, Plan(steps, size, rate=1e-3, warmup=50, ema=0.99), work / "judge").eval()
 
 
-def soften(pixels: Tensor, chance: torch.Generator) -> Tensor:
+def soften(pixels: Tensor) -> Tensor:
     """Half of the pictures a little blurred and noisy, as drawn ones are."""
     blurred = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2.0, mode="bilinear")
-    amount = torch.rand(len(pixels), 1, 1, 1, generator=chance) * (
-        torch.rand(len(pixels), 1, 1, 1, generator=chance) < 0.5
-    )
-    noise = torch.randn(pixels.shape, generator=chance) * 0.04
-    return (pixels.lerp(blurred, amount * 0.7) + amount * noise).clamp(0, 1)
+    chance, amount = torch.rand(2, len(pixels), 1, 1, 1, device=pixels.device)
+    amount = amount * (chance < 0.5)
+    return (pixels.lerp(blurred, amount * 0.7) + amount * torch.randn_like(pixels) * 0.04).clamp(0, 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nested_attention.attention import merge_heads, split_heads
 from nested_attention.host.layers import Site, cross_attention_sites
 
-from .scenes import SIDE, Scene, World
+from .scenes import MOST, SIDE, Scene, World
 from .words import Words, noun_columns
 
 SHARE = 0.3  # of the attention, that a noun is to have where its figure is
@@ -40,17 +40,22 @@ def shapes(world: World, scene: Scene) -> Tensor:
 
 
 def looked_at(world: World, words: Words, scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, Tensor]:
-    """`wanted` and `nouns` of Looking. A caption that was dropped has no nouns."""
-    told = [i for i, caption in enumerate(captions) if caption]
-    nouns = [(i, column) for i in told for column in noun_columns(captions[i], scenes[i].figures, world, words)]
-    return {"wanted": torch.cat([shapes(world, scenes[i]) for i in told]) * SHARE, "nouns": torch.tensor(nouns)}
+    """`wanted` and `nouns` of Looking, of MOST figures for each scene. A caption that was dropped has no nouns."""
+    wanted = torch.full((len(scenes), MOST, GRID, GRID), -1.0)
+    nouns = torch.zeros(len(scenes), MOST, 2, dtype=torch.long)
+    for i, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):
+        columns = noun_columns(caption, scene.figures, world, words) if caption else []
+        if columns:
+            wanted[i, : len(columns)] = shapes(world, scene) * SHARE
+            nouns[i, : len(columns)] = torch.tensor([(i, column) for column in columns])
+    return {"wanted": wanted.flatten(0, 1), "nouns": nouns.flatten(0, 1)}
 
 
 @dataclass
 class Looking:
     """What the cross-attention layers of a batch look at, against what they should: collects `errors`.
 
-    wanted   the attention that each noun should have, [nouns, GRID, GRID]
+    wanted   the attention that each noun should have, [nouns, GRID, GRID]; -1 where there is none
     nouns    the picture of the batch, and the token, [nouns, 2]
     """
 
@@ -70,7 +75,9 @@ class Looking:
             side = round(q.shape[2] ** 0.5)
             wanted = rearrange(F.adaptive_avg_pool2d(self.wanted, side), "s h w -> s 1 (h w)")
             seen = p[self.nouns[:, 0], :, :, self.nouns[:, 1]].clamp(1e-6, 1 - 1e-6)
-            self.errors.append(-(wanted * seen.log() + (1 - wanted) * (1 - seen).log()).mean())
+            error = -(wanted * seen.log() + (1 - wanted) * (1 - seen).log()).mean((1, 2))
+            there = (self.wanted[:, 0, 0] >= 0).float()
+            self.errors.append((error * there).sum() / there.sum())
             return merge_heads(p.to(v.dtype) @ v)
 
         return attend

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from types import MethodType
 from typing import Any
 
@@ -28,10 +29,12 @@ from nested_attention.training.processes import rank_and_size
 class Plan:
     """steps of AdamW: the rate rises over `warmup`, then falls along a cosine to a twentieth.
 
+    batch    samples of a step, of all processes
     slower   factors on the rate of the parameters whose names begin so
     """
 
     steps: int
+    batch: int
     rate: float = 1e-3
     slower: Mapping[str, float] = field(default_factory=dict)
     warmup: int = 100
@@ -64,6 +67,9 @@ def clip_layer(self: CLIPLayer, x: Tensor, mask: Tensor | None = None, optimized
     return x + self.mlp(self.layer_norm2(x))
 
 
+Batch = dict[str, Tensor]
+
+
 def half(device: torch.device, enabled: bool = True) -> torch.autocast:
     """bf16, on GPUs, and on CPUs that compute in it; others are slower in it than in fp32."""
     able = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -75,8 +81,53 @@ def share(batch: int) -> int:
     return batch // rank_and_size()[1]
 
 
-Batch = dict[str, Tensor]
 SAVE_AFTER = 30.0  # seconds
+TIMES, KEPT = 4, 1000  # a GPU sees each batch so often, for it is faster than what draws them; so many are kept there
+
+
+def repeated(fresh: Iterable[Batch], steps: range) -> Iterator[Batch]:
+    """A batch for each step: a fresh one for every fourth, for the others any of those kept."""
+    kept, rng, fresh = [], Random(0), iter(fresh)
+    for step in steps:
+        if step % TIMES and kept:
+            yield rng.choice(kept)
+        else:
+            batch = next(fresh)
+            if len(kept) == KEPT:
+                kept.pop(rng.randrange(KEPT))
+            kept.append(batch)
+            yield batch
+
+
+@dataclass
+class Recorded:
+    """What is done with a batch on a GPU, recorded as a CUDA graph after the first few, and from then on replayed.
+
+    Python needs many times as long to start the thousands of kernels of a step of these small models as they take. All
+    batches must have the same shapes, and nothing may be read back; what is returned holds until the next call.
+    """
+
+    function: Callable[[Batch], dict[str, Tensor]]
+    calls: int = 0
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == 1:
+            self.batch, self.stream = {name: value.clone() for name, value in batch.items()}, torch.cuda.Stream()
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        if self.calls < 4:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.function(self.batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if self.calls == 4:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.found = self.function(self.batch)
+        self.graph.replay()
+        return self.found
 
 
 @dataclass(frozen=True)
@@ -99,10 +150,11 @@ def train(
     """Train in place, on the host's device, and return the running mean of the module on the CPU.
 
     Processes of torchrun, on a CPU, each take a part of a step's batch and average the gradients: two of one thread
-    each are twice as fast as one of two. Where a GPU would wait for them, batches are made by processes of their own.
+    each are twice as fast as one of two. A GPU would wait for them: for it, batches are made by processes of their own
+    and come several times, and a step is one CUDA graph.
 
-    batch_of    of its number and its random numbers; made on the CPU, perhaps in a forked process
-    losses_of   of a batch, named; their sum is what falls
+    batch_of    of its number and its random numbers; made on the CPU, perhaps in a forked process; all of one shape
+    losses_of   of a batch, named; their sum is what falls. On a GPU it may not read anything back
     folder      of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,14 +162,18 @@ def train(
     device = get_torch_device()
     module.to(device)
     mean = copy.deepcopy(module).requires_grad_(False)
+    on_gpu = device.type == "cuda"
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         factor = next((f for prefix, f in plan.slower.items() if name.startswith(prefix)), 1.0)
         groups.setdefault(factor, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": members, "factor": factor} for factor, members in groups.items()],
-        plan.rate, weight_decay=plan.decay, betas=(0.9, 0.99), fused=True,
+        [
+            {"params": members, "factor": factor, "lr": torch.tensor(plan.rate, device=device) if on_gpu else plan.rate}
+            for factor, members in groups.items()
+        ],
+        weight_decay=plan.decay, betas=(0.9, 0.99), fused=True, capturable=on_gpu,
     )  # fmt: skip
     step, state_file = 0, folder / "state.pt"
     if state_file.exists():
@@ -127,24 +183,35 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     numbers = range(step * processes + rank, plan.steps * processes, processes)
-    helpers = max(1, (os.cpu_count() or 1) // 4) if device.type == "cuda" and hasattr(os, "fork") else 0
-    batches = DataLoader(
-        Batches(batch_of), batch_size=None, sampler=numbers, num_workers=helpers, pin_memory=helpers > 0,
+    if on_gpu:
+        numbers = range(step // TIMES, -(-plan.steps // TIMES))
+    helpers = max(1, (os.cpu_count() or 1) - 2) if on_gpu and hasattr(os, "fork") else 0
+    loader = DataLoader(
+        Batches(batch_of), batch_size=None, sampler=numbers, num_workers=helpers,
         multiprocessing_context="fork" if helpers else None,
     )  # fmt: skip
-    since = saved = time.monotonic()
-    first = step
-    for batch in batches:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.at(step) * group["factor"]
-        torch.manual_seed(step * processes + rank)  # of dropout
-        losses = losses_of({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
+
+    def learn(batch: Batch) -> dict[str, Tensor]:
+        optimizer.zero_grad()
+        losses = losses_of(batch)
         sum(losses.values()).backward()
         if processes > 1:
             average_gradients(parameters, processes)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        return {name: value.detach() for name, value in losses.items()}
+
+    if on_gpu:
+        batches, learn = repeated(batches, range(step, plan.steps)), Recorded(learn)
+    since = saved = time.monotonic()
+    first = step
+    for batch in batches:
+        for group in optimizer.param_groups:
+            rate = plan.at(step) * group["factor"]
+            group["lr"] = group["lr"].fill_(rate) if on_gpu else rate
+        torch.manual_seed(step * processes + rank)  # of noise and dropout
+        losses = learn(batch)
         step += 1
         keep = min(plan.ema, step / (step + 10))
         torch._foreach_lerp_(list(mean.parameters()), [p.detach() for p in module.parameters()], 1 - keep)
@@ -156,10 +223,16 @@ def train(
             print(line, flush=True)
         if rank == 0 and (time.monotonic() - saved > SAVE_AFTER or step == plan.steps):
             parts = {"module": module, "mean": mean, "optimizer": optimizer}
-            state = {"step": step, **{k: v.state_dict() for k, v in parts.items()}}
+            state = {"step": step, "batch": plan.batch, **{k: v.state_dict() for k, v in parts.items()}}
             write_atomically(state_file, lambda file: torch.save(state, file))  # noqa: B023
             saved = time.monotonic()
     return mean.cpu()
+
+
+def trained_for(folder: Path) -> dict[str, int]:
+    """The steps of what was trained there, and the samples of each."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return {"steps": state["step"], "batch": state["batch"]}
 
 
 def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:

@@ -24,6 +24,7 @@ STANDS = {  # who can be in a scene: the least and the largest side of each, and
     ("people", "animals"): (((86, 96), (66, 74)), (38, 93)),
     ("people", "people"): (((72, 78), (72, 78)), (33, 95)),
 }
+MOST = max(map(len, STANDS))  # figures of a scene
 
 
 Box = tuple[int, int, int]
@@ -155,6 +156,11 @@ def with_noun(words: list[str], noun: str, rng: Random) -> str:
     return " ".join([*words, noun])
 
 
-def as_pixels(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] each to 0..1 [B, 3, H, W]."""
-    return rearrange(torch.from_numpy(np.stack(pictures)).float() / 255, "b h w c -> b c h w")
+def stacked(pictures: list[np.ndarray]) -> Tensor:
+    """[H, W, 3] each to [B, 3, H, W], uint8."""
+    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")
+
+
+def as_pixels(pictures: list[np.ndarray] | Tensor) -> Tensor:
+    """uint8 [H, W, 3] each, or what `stacked` made of them, to 0..1 [B, 3, H, W]."""
+    return (pictures if isinstance(pictures, Tensor) else stacked(pictures)).float() / 255

@@ -18,7 +18,7 @@ from nested_attention.host.studio import UNET, PixelLatents, StudioLatents
 
 from .looking import Looking, looked_at
 from .loop import Batch, Plan, half, initialize, share, train
-from .scenes import STANDS, World, as_pixels
+from .scenes import STANDS, World, as_pixels, stacked
 from .train_text import TOLD, TextEncoder, tellings
 from .words import Words
 
@@ -43,7 +43,9 @@ class Painter(nn.Module):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Of the velocity, of where nouns are looked at, and of what words tell."""
-        clean, noise, sigma = (batch[name] for name in ("clean", "noise", "sigma"))
+        clean, (mean, spread) = clean_latents(as_pixels(batch["pictures"])), NOISE
+        noise = torch.randn_like(clean)
+        sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device) * spread + mean)
         noisy = clean.lerp(noise, rearrange(sigma, "b -> b 1 1 1"))
         watched = Looking(batch["wanted"], batch["nouns"])
         with half(noisy.device):
@@ -59,27 +61,23 @@ def clean_latents(pixels: Tensor) -> Tensor:
     return StudioLatents().process_in(PixelLatents().encode(pixels * 2 - 1))
 
 
-def train_base(world: World, words: Words, text: TextEncoder, work: Path, steps: int) -> Painter:
+def train_base(world: World, words: Words, text: TextEncoder, work: Path, steps: int, size: int = BATCH) -> Painter:
     torch.manual_seed(0)
     painter = Painter(text.requires_grad_(True))
 
     def batch(number: int, chance: torch.Generator) -> Batch:
-        rng, size = Random(f"base {number}"), share(BATCH)
-        scenes = [world.scene(rng, told=rng.choice(TOLD), kinds=rng.choice(SCENES)) for _ in range(size)]
+        rng = Random(f"base {number}")
+        scenes = [world.scene(rng, told=rng.choice(TOLD), kinds=rng.choice(SCENES)) for _ in range(share(size))]
         captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption for scene in scenes]
-        clean = clean_latents(as_pixels([scene.picture for scene in scenes]))
         tokens, text = words.batch([words(caption, rng) for caption in captions])
-        mean, spread = NOISE
         texts = [(caption, scene.place, scene.figures) for caption, scene in zip(captions, scenes, strict=True)]
         return {
-            "clean": clean,
-            "noise": torch.randn(clean.shape, generator=chance),
-            "sigma": torch.sigmoid(torch.randn(size, generator=chance) * spread + mean),
+            "pictures": stacked([scene.picture for scene in scenes]),
             "tokens": tokens,
             "text": text,
             "told": tellings(painter.text.heads, world, words, texts),
             **looked_at(world, words, scenes, captions),
         }
 
-    plan = Plan(steps, rate=RATE, slower={"text": TEXT_RATE}, warmup=200)
+    plan = Plan(steps, size, rate=RATE, slower={"text": TEXT_RATE}, warmup=200)
     return train(painter, batch, painter.losses, plan, work / "base")

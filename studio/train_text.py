@@ -19,7 +19,7 @@ from nested_attention.host.studio import TEXT
 
 from .attributes import Heads
 from .loop import Batch, Plan, differentiable, half, initialize, share, train
-from .scenes import STANDS, Figure, World
+from .scenes import MOST, STANDS, Figure, World
 from .words import LENGTH, Words, noun_columns
 
 BATCH = 64
@@ -46,8 +46,10 @@ class TextEncoder(nn.Module):
         nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
-        """States of texts, [B, 77, C]. Past a text's end they are zero and need not be computed: each sees its past."""
-        length = int(text.sum(1).max())
+        """States of texts, [B, 77, C]. Past a text's end they are zero and need not be computed: each sees its past. On
+        a GPU they are, where that costs less than to ask for the length.
+        """
+        length = LENGTH if text.is_cuda else int(text.sum(1).max())
         model = self.model.text_model
         states = model.embeddings.token_embedding(tokens[:, :length], out_dtype=torch.float32)
         states = states + model.embeddings.position_embedding.weight[:length]
@@ -64,6 +66,8 @@ class TextEncoder(nn.Module):
 def tellings(heads: Heads, world: World, words: Words, texts: Sequence[tuple[str, str, tuple[Figure, ...]]]) -> Tensor:
     """Where the states of texts tell something, and what: [tellings, row, column, targets of the heads].
 
+    Always as many as of texts with MOST figures each: what is missing tells nothing.
+
     texts   caption, place, and who is in it; empty captions tell nothing
     """
     places, truths = [], []
@@ -74,16 +78,18 @@ def tellings(heads: Heads, world: World, words: Words, texts: Sequence[tuple[str
         known = [{figure.kind: world.known(figure)} for figure in figures]
         places += [(row, column) for column in (*noun_columns(caption, figures, world, words), end)]
         truths += [*known, (known[0] if len(known) == 1 else {}) | {"scene": {"place": place}}]
+    missing = (MOST + 1) * len(texts) - len(places)
+    places, truths = places + [(0, 0)] * missing, truths + [{}] * missing
     return torch.cat((torch.tensor(places), heads.targets(truths)), dim=1)
 
 
-def train_text(world: World, words: Words, work: Path, steps: int) -> TextEncoder:
+def train_text(world: World, words: Words, work: Path, steps: int, size: int = BATCH) -> TextEncoder:
     torch.manual_seed(0)
     encoder = TextEncoder(len(words.ids))
 
     def batch(number: int, chance: torch.Generator) -> Batch:
         rng, texts = Random(f"text {number}"), []
-        for _ in range(share(BATCH)):
+        for _ in range(share(size)):
             figures, place = world.figures(rng.choice(list(STANDS)), rng), world.place(rng)
             texts.append((world.caption(figures, place, rng, rng.choice(TOLD)), place, figures))
         tokens, text = words.batch([words(caption, rng) for caption, _, _ in texts])
@@ -94,4 +100,4 @@ def train_text(world: World, words: Words, work: Path, steps: int) -> TextEncode
             states = encoder(batch["tokens"], batch["text"])
         return {"loss": encoder.telling(states, batch["told"])}
 
-    return train(encoder, batch, losses, Plan(steps), work / "text")
+    return train(encoder, batch, losses, Plan(steps, size), work / "text")

@@ -37,11 +37,10 @@ class Namer(nn.Module):
         for weight in (embeddings.class_embedding, embeddings.position_embedding.weight):
             nn.init.normal_(weight, std=0.02)
 
-    def losses(self, pixels: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """`pixels` [B, 3, H, W] in 0..1, as the host hands them to the encoder after its own preprocessing."""
+    def losses(self, seen: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """`seen` [B, 3, 96, 96] are pictures after the host's own preprocessing."""
         side, patch = VISION["image_size"], VISION["patch_size"]
-        seen = clip_preprocess(rearrange(pixels, "b c h w -> b h w c"), size=side)
-        with half(pixels.device):
+        with half(seen.device):
             last, _, pooled, _ = self.vision(pixel_values=seen)
         means = F.adaptive_avg_pool2d(seen, COLORS * side // patch)
         means = rearrange(means, "b c (y i) (x j) -> b (y x) (c i j)", i=COLORS, j=COLORS)
@@ -49,19 +48,20 @@ class Namer(nn.Module):
         return {"names": self.heads.loss(pooled.float(), targets), "colors": 0.3 * colors}
 
 
-def train_vision(world: World, work: Path, steps: int) -> nn.Module:
+def train_vision(world: World, work: Path, steps: int, size: int = BATCH) -> nn.Module:
     torch.manual_seed(0)
     namer = Namer()
 
     def batch(number: int, chance: torch.Generator) -> Batch:
         rng = Random(f"vision {number}")
-        kinds = ["people", "animals"] * (share(BATCH) // 2)
+        kinds = ["people", "animals"] * (share(size) // 2)
         figures = [Figure(k, rng.choice(world.casts[k].trained()), rng.randrange(VIEWS), near(rng)) for k in kinds]
         pixels = as_pixels([world.draw(world.place(rng), (figure,), rng) for figure in figures])
+        seen = clip_preprocess(rearrange(pixels, "b c h w -> b h w c"), size=VISION["image_size"])
         known = [{figure.kind: world.known(figure)} for figure in figures]
-        return {"pixels": pixels, "targets": namer.heads.targets(known)}
+        return {"seen": seen, "targets": namer.heads.targets(known)}
 
-    plan = Plan(steps, rate=1e-3, warmup=100, ema=0.995)
+    plan = Plan(steps, size, rate=1e-3, warmup=100, ema=0.995)
     return train(namer, batch, lambda batch: namer.losses(**batch), plan, work / "vision")
 
 

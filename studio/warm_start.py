@@ -48,7 +48,7 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
             seen, wanted = known(rows.device)
             return {"loss": F.mse_loss(adapter.resampler(seen[rows]), wanted[rows])}
 
-        plan = Plan(steps, rate=2e-3, warmup=50, ema=0.99)
+        plan = Plan(steps, BATCH, rate=2e-3, warmup=50, ema=0.99)
         adapter.resampler = train(adapter.resampler, batch, losses, plan, folder)
     return adapter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from .scenes import Figure, World
 
-LENGTH, END = 77, 49407
+LENGTH, START, END = 77, 49406, 49407
 UNKNOWN = 0  # row of the embedding for every token that captions do not hold
 UNKNOWN_CHANCE = 0.02  # how often a known token is replaced by it in training
 
@@ -25,13 +26,18 @@ class Words:
     def __init__(self, world: World, captions: int = 6000):
         folder = Path(os.path.dirname(comfy.sd1_clip.__file__)) / "sd1_tokenizer"
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.pieces = cache(lambda word: self.tokenizer(word)["input_ids"][1:-1])
         rng = Random("words")
         texts = [world.words(rng) for _ in range(captions)]
-        self.ids = sorted({token for text in texts for token in self.tokenizer(text)["input_ids"]})
+        self.ids = sorted({token for text in texts for token in self.tokens(text)})
         self.rows = {token: row for row, token in enumerate(self.ids, 1)}
 
+    def tokens(self, caption: str) -> list[int]:
+        """CLIP's, [START ... END]. It knows no token of two words, so that each word is looked up once."""
+        return [START, *(token for word in caption.split() for token in self.pieces(word)), END]
+
     def __call__(self, caption: str, rng: Random | None = None) -> list[int]:
-        tokens = [self.rows.get(token, UNKNOWN) for token in self.tokenizer(caption)["input_ids"]]
+        tokens = [self.rows.get(token, UNKNOWN) for token in self.tokens(caption)]
         if rng:
             tokens = [tokens[0], *(UNKNOWN if rng.random() < UNKNOWN_CHANCE else t for t in tokens[1:-1]), tokens[-1]]
         if len(tokens) > LENGTH:
@@ -47,10 +53,10 @@ class Words:
 
 def noun_columns(caption: str, figures: Sequence[Figure], world: World, words: Words) -> list[int]:
     """Where the noun of each figure stands among the tokens of the caption that tells of them."""
-    tokens = words.tokenizer(caption)["input_ids"]
+    tokens = words.tokens(caption)
     columns: list[int] = []
     for figure in figures:
         names = ["person"] if figure.kind == "people" else ["pet", world.attributes(figure)[0]["kind"]]
-        ends = [words.tokenizer(name)["input_ids"][-2] for name in names]
+        ends = [words.pieces(name)[-1] for name in names]
         columns.append(next(i for end in ends for i, t in enumerate(tokens) if t == end and i not in columns))
     return columns

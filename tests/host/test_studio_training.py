@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -136,6 +137,7 @@ def test_a_training_goes_on_where_it_was(world, work, vocabulary, weights):
     assert all(torch.equal(a, b) for a, b in zip(painter.parameters(), weights[0].parameters(), strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU sees batches again, and after a stop in another order")
 def test_a_stopped_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
     """With dropout, whose chance is not in the batches."""
     monkeypatch.setattr(loop, "SAVE_AFTER", 0.0)
@@ -152,7 +154,7 @@ def test_a_stopped_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
         def batch_of(number, chance):
             return {"x": torch.randn(16, 4, generator=chance)}
 
-        return loop.train(module, batch_of, losses_of, loop.Plan(6, rate=0.1, warmup=1), folder)
+        return loop.train(module, batch_of, losses_of, loop.Plan(6, 16, rate=0.1, warmup=1), folder)
 
     straight = trained(tmp_path / "straight", 6)
     with pytest.raises(StopIteration):
@@ -162,12 +164,38 @@ def test_a_stopped_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
     assert [line["step"] for line in losses(tmp_path / "parts")] == [6]
 
 
+def test_a_gpu_sees_each_batch_several_times(monkeypatch):
+    """A fresh one for every fourth step, also where a training goes on; others are of those kept, the last few."""
+    monkeypatch.setattr(loop, "KEPT", 3)
+    steps = range(5, 29)
+    seen = list(loop.repeated(iter(range(1, 100)), steps))
+    fresh = [batch for step, batch in zip(steps, seen, strict=True) if step % loop.TIMES == 0 or step == 5]
+    assert fresh == list(range(1, 8)) and len(set(seen)) == 7
+    known = [set(range(1, 2 + step // loop.TIMES)) for step in steps]
+    assert all(batch in before for batch, before in zip(seen, known, strict=True))
+
+
+def test_numbers_of_one_part_or_of_all(monkeypatch, capsys):
+    given = argparse.Namespace(steps=dict(map(command.counted, ("7", "base=9"))), batch={"base": 5})
+    assert (command.steps(given, "base"), command.steps(given, "judge")) == (9, 7)
+    assert command.size(given, "base") == {"steps": 9, "size": 5} and command.size(given, "judge") == {"steps": 7}
+    monkeypatch.setattr(sys, "argv", ["studio", "--steps", "bass=9"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "unknown: bass; there are vision, text, base" in capsys.readouterr().err
+
+
+def test_words_are_read_as_the_tokenizer_reads_them(world, vocabulary):
+    for caption in [world.words(Random(i)) for i in range(50)]:
+        assert vocabulary.tokens(caption) == vocabulary.tokenizer(caption)["input_ids"]
+
+
 def test_nouns_stand_where_their_figures_do(world, vocabulary):
     rng = Random(0)
     for kinds in scenes.STANDS:
         for told in (0.0, 1.0):
             scene = world.scene(rng, kinds=kinds, told=told)
-            tokens = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.tokenizer(scene.caption)["input_ids"])
+            tokens = vocabulary.tokenizer.convert_ids_to_tokens(vocabulary.tokens(scene.caption))
             columns = words.noun_columns(scene.caption, scene.figures, world, vocabulary)
             nouns = [{"person", "pet", world.attributes(f)[0].get("kind", "")} for f in scene.figures]
             assert all(tokens[c].removesuffix("</w>") in names for c, names in zip(columns, nouns, strict=True)), tokens
@@ -259,13 +287,12 @@ def test_the_whole_command(world, tmp_path, monkeypatch):
     (results / "findings.md").write_text("What comes out.")
     readme = tmp_path / "README.md"
     readme.write_text(f"Before.\n{report.BEGIN} stale {report.END}\nAfter.")
-    options = {"steps": 1, "cases": 4, "work": tmp_path / "work", "weights": weights}
+    options = {"steps": 1, "batch": 8, "cases": 4, "work": tmp_path / "work", "weights": weights}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["studio", *arguments])
     monkeypatch.setattr(command, "HERE", tmp_path / "studio")
     monkeypatch.setattr(command, "find_host", lambda: None)  # it is found already
-    for module in (train_base, train_text, train_vision, judge, warm_start):
-        monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(warm_start, "BATCH", 8)
     # A model that an earlier test still holds would make the host collect garbage at each of a thousand loads.
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])
     command.main()
