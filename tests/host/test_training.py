@@ -282,8 +282,9 @@ def test_one_picture_is_learnt(base, tmp_path, monkeypatch):
 
 
 @exact
-def test_resumed_is_uninterrupted(base, folder, tmp_path):
+def test_resumed_is_uninterrupted(base, folder, tmp_path, caplog):
     """With everything that draws: augmentation, dropout, noise, several buckets."""
+    caplog.set_level("INFO")
     changes = {"augment": 1.0, "caption_dropout": 0.3, "subject_dropout": 0.3, "norm": "off", "value_share": 0.1}
     straight = settings(folder, output=str(tmp_path / "straight"), **changes)
     assert train(straight, base)
@@ -291,8 +292,8 @@ def test_resumed_is_uninterrupted(base, folder, tmp_path):
     calls = iter([False, True])
     assert not train(parts, base, stop=lambda: next(calls))
     so_far = read_tensors(tmp_path / "parts" / "adapter.safetensors")[1]["training"]
-    assert json.loads(so_far)["steps"] == 2
-    assert train(parts, base)
+    assert json.loads(so_far)["steps"] == 2 and "Going on" not in caplog.text
+    assert train(parts, base) and "Going on from step 2 of" in caplog.text
     assert losses(parts) == losses(straight) and len(losses(parts)) == 4
     a, b = (read_tensors(tmp_path / name / "adapter.safetensors") for name in ("straight", "parts"))
     assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])

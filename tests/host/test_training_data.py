@@ -143,6 +143,8 @@ def test_broken_files_in_a_folder(tmp_path, caplog):
     data = tmp_path / "data"
     save_picture(data / "alone.png", 5)
     (data / "1.txt").write_bytes(b"\xff\xfe\x00")
+    for name in ("7.txt", "8.txt"):
+        (data / name).write_text("a <person> without a picture")
     (data / "2.png").write_bytes((data / "2.png").read_bytes()[:-40])  # its header is whole
     save_picture(data / "0.subject.png", 9, size=(16, 24))
     for left in ("__MACOSX/._0.png", "._0.png", ".ipynb_checkpoints/0-checkpoint.png"):  # no pictures, and not counted
@@ -153,6 +155,7 @@ def test_broken_files_in_a_folder(tmp_path, caplog):
     entries = read_dataset(config, troubles)
     assert [e.image.name for e in entries] == ["0.png", "2.png"] and troubles.count == 2
     assert "alone.png: no caption beside it (expected alone.txt)" in caplog.text
+    assert "stands beside 2 .txt files, such as 7.txt." in caplog.text
     reader = make_reader(entries, config)
     read = [s for number in range(3) for s in samples_of(reader, number)]
     assert {s.row.entry for s in read} == {0} and reader.troubles.count == 1 and "2.png" in caplog.text
@@ -180,10 +183,14 @@ def test_a_broken_picture_alone_in_its_bucket(base, tmp_path, caplog):
 
 
 def test_pictures_of_any_kind(tmp_path):
-    from nested_attention.training.pictures import at_most, cover, picture_size, read_picture, vary
+    from nested_attention.training.pictures import SUFFIXES, at_most, cover, picture_size, read_picture, vary
 
-    for mode, channels in {"L": 3, "RGB": 3, "RGBA": 4, "P": 3, "LA": 4, "CMYK": 3}.items():
-        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+    modes = {"L": 3, "RGB": 3, "RGBA": 4, "P": 3, "LA": 4, "CMYK": 3}
+    kinds = [(mode, "jpg" if mode == "CMYK" else "png", channels) for mode, channels in modes.items()]
+    kinds += [("P", "gif", 3), ("RGBA", "tiff", 4), ("CMYK", "tif", 3), ("RGB", "webp", 3), ("RGB", "bmp", 3)]
+    for mode, suffix, channels in kinds:
+        assert f".{suffix}" in SUFFIXES
+        path = tmp_path / f"{mode}.{suffix}"
         Image.new(mode, (30, 20)).save(path)
         picture = read_picture(path)
         assert picture.shape == (1, 20, 30, channels) and picture_size(path) == (30, 20)
