@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from ..nested_attention.adapter import FEATURE_LAYERS
 from ..nested_attention.attention import NORMS
 from ..nested_attention.host.adapters import load_adapter, save_adapter
+from ..nested_attention.host.notice import show
 from .folders import ADAPTERS, choices, full_path, modified, new_file
 from .sockets import CATEGORY, Adapter
 
@@ -78,6 +79,7 @@ class SaveAdapter(io.ComfyNode):
                     tooltip="Name of the file; a number is added, nothing is ever overwritten. A / makes subfolders.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -85,7 +87,8 @@ class SaveAdapter(io.ComfyNode):
     def execute(cls, adapter, filename_prefix: str) -> io.NodeOutput:
         path, shown = new_file(ADAPTERS, filename_prefix)
         save_adapter(adapter, path)
-        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {shown}"))
+        show(report := f"Saved as {shown}", cls.hidden.unique_id)
+        return io.NodeOutput(ui=ui.PreviewText(report))
 
 
 NODES = [LoadAdapter, SaveAdapter]

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..nested_attention.host.adapters import bind, load_adapter, subject_of
 from ..nested_attention.host.images import check_mask, encode
+from ..nested_attention.host.notice import show
 from ..nested_attention.subject import combine, load_subject, save_subject
 from .folders import ADAPTERS, SUBJECTS, choices, full_path, modified, new_file
 from .sockets import CATEGORY, Adapter, Subject
@@ -107,6 +108,7 @@ class SaveSubject(io.ComfyNode):
                     tooltip="Name of the file; a number is added, nothing is ever overwritten. A / makes subfolders.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -114,7 +116,8 @@ class SaveSubject(io.ComfyNode):
     def execute(cls, subject, filename_prefix: str) -> io.NodeOutput:
         path, shown = new_file(SUBJECTS, filename_prefix)
         save_subject(subject.subject, path)
-        return io.NodeOutput(ui=ui.PreviewText(f"Saved as {shown}"))
+        show(report := f"Saved as {shown}", cls.hidden.unique_id)
+        return io.NodeOutput(ui=ui.PreviewText(report))
 
 
 class LoadSubject(io.ComfyNode):

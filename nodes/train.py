@@ -92,7 +92,7 @@ class Train(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=False,
-                    tooltip="Decides all chance in the training. A changed one makes it another training.",
+                    tooltip="Decides all chance in the training. To train anew with another one, give another name.",
                 ),
                 io.Int.Input(
                     "resolution",

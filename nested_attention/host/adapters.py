@@ -31,7 +31,7 @@ class LoadedAdapter:
     fingerprint: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundSubject:
     """A subject with the adapter that made it."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import KEY
 from .adapters import BoundSubject
+from .connected import require
 from .layers import check_fit, cross_attention_sites
 from .run import AppliedSubject, Personalization
 from .text import add_placeholder
@@ -22,6 +23,7 @@ def apply_subject(
     Chains like a LoRA: each call adds one subject to those already there.
     Raises ValueError where adapter, model, placeholder or class word do not fit.
     """
+    require(model=model, clip=clip)
     adapter = bound.adapter
     check_fit(adapter.config, cross_attention_sites(model.model.diffusion_model), adapter.name)
     learned: dict[str, Tensor] = {} if class_word else dict(adapter.patcher.model.embeddings)

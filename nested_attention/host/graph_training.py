@@ -17,24 +17,28 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..files import write_atomically
-from ..training.config import TrainingConfig
+from ..training.config import TrainingConfig, TrainingError
 from ..training.pictures import pixels_of, read_picture
 from ..training.progress import loss_curve, read_losses
 from .adapters import LoadedAdapter, load_adapter, trainable_copy
 from .base import Base
-from .notice import show
+from .connected import require
+from .notice import collected_warnings, show
 from .train import ADAPTER, train
 
 PREVIEW_SIDE = 512
+WARNINGS = 5  # shown at once
+SHOW_AFTER = 1.0  # seconds
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass
 class Watcher:
-    """Shows a training on its node, and lets the host's Cancel in."""
+    """Shows a training and what it warned of on its node, and lets the host's Cancel in."""
 
     bar: Any
     node_id: str | None
+    warned: list[str]
     done: int = 0
     picture: Any = None
     shown: float = field(default_factory=time.monotonic)
@@ -43,11 +47,15 @@ class Watcher:
         self.done += 1
         preview = ("JPEG", picture, PREVIEW_SIDE) if picture is not None and picture is not self.picture else None
         self.picture = picture
-        if time.monotonic() - self.shown > 1:
-            show(line, self.node_id)
+        if time.monotonic() - self.shown > SHOW_AFTER:
+            self.tell(line)
             self.shown = time.monotonic()
         self.bar.update_absolute(step, preview=preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def tell(self, *lines: str, warning: bool = False) -> None:
+        """Under the last warnings: each broken picture is one."""
+        show("\n".join([*self.warned[-WARNINGS:], *lines]), self.node_id, warning)
 
 
 def train_in_graph(
@@ -55,20 +63,30 @@ def train_in_graph(
 ) -> int:
     """Train with the base model as it is loaded; returns how many steps were done now.
 
-    Raises TrainingError; and the host's interrupt, when what was learnt so far is in the output folder.
+    Raises ValueError where a part is missing; TrainingError; and the host's interrupt, when what was learnt so far is
+    in the output folder.
     """
+    require(model=base.model, clip=base.clip, vae=base.vae, clip_vision=base.clip_vision)
+    if base.model.is_dynamic() and base.model.cached_patcher_init is None:
+        raise TrainingError(
+            "A model of this loader cannot be trained on while its weights are fetched on demand. Load it with Load "
+            "Checkpoint or Load Diffusion Model, or start ComfyUI with --disable-dynamic-vram."
+        )
     # The host may keep weights elsewhere and fetch them layer by layer, which leaves none to train through.
     base = replace(base, model=base.model.clone(disable_dynamic=True))
     comfy.model_management.reset_cast_buffers()  # those of sampling were made in inference mode
-    watcher = Watcher(comfy.utils.ProgressBar(config.steps), node_id)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            train(config, base, start=start and trainable_copy(start), watch=watcher)
-    except InterruptProcessingException:
-        show(f"Cancelled. What was learnt so far is in {config.output}. Queue again to go on.", node_id)
-        raise
-    finally:
-        comfy.model_management.soft_empty_cache()
+    with collected_warnings() as warned:
+        watcher = Watcher(comfy.utils.ProgressBar(config.steps), node_id, warned)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                train(config, base, start=start and trainable_copy(start), watch=watcher)
+        except InterruptProcessingException:
+            watcher.tell(f"Cancelled. What was learnt so far is in {config.output}. Queue again to go on.")
+            raise
+        finally:
+            comfy.model_management.soft_empty_cache()
+    report = f"{watcher.done} steps, {config.steps} in all. The run is in {config.output}."
+    watcher.tell(*[report] * bool(watcher.done), warning=bool(warned))
     return watcher.done
 
 

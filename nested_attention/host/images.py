@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..adapter import AdapterConfig
+from .connected import require
 from .notice import warn
 
 GREY = 0.5
@@ -122,6 +123,7 @@ def check_width(width: int, config: AdapterConfig) -> None:
 
 def encode(clip_vision: object, images: Tensor, mask: Tensor | None, how: str, config: AdapterConfig):
     """What the encoder saw, [B, S, S, 3], and its features of it, [B, I, image_dim]."""
+    require(clip_vision=clip_vision)
     check_encoder(clip_vision, config)
     with torch.no_grad():
         seen = fit(as_rgb(images, mask), clip_vision.image_size, how)

@@ -39,14 +39,21 @@ class Section(NamedTuple):
     marks: tuple[Mark, ...]
 
 
-@dataclass(frozen=True)
+MOST = 4096  # sections: 30 MB for SDXL
+
+
+@dataclass(frozen=True, eq=False)
 class Ledger:
-    """Sections that one apply node's CLIP encoded."""
+    """The last sections that one apply node's CLIP encoded."""
 
     sections: dict[str, Section] = field(default_factory=dict)
 
     def add(self, sections: list[Section]) -> None:
-        self.sections.update((section.digest, section) for section in sections)
+        for section in sections:
+            self.sections.pop(section.digest, None)
+            self.sections[section.digest] = section
+        while len(self.sections) > MOST:
+            self.sections.pop(next(iter(self.sections)))
 
 
 class Placement(NamedTuple):

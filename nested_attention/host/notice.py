@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NOTICE = "nested_attention.notice"
 
@@ -24,3 +26,25 @@ def show(text: str, node_id: str | None, warning: bool = False) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
         server.send_sync(NOTICE, {"node_id": node_id, "text": text, "warning": warning}, server.client_id)
+
+
+class Warnings(logging.Handler):
+    """Collects what the log warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What the log warns of meanwhile, as it grows."""
+    handler = Warnings()
+    log.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        log.removeHandler(handler)

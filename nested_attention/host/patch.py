@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OVERRIDE = "optimized_attention_override"
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerPatch:
     """Replaces a layer's attention for the length of one run: what was there before, plus what the subjects change.
 

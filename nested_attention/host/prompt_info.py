@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .connected import require
 from .text import agreed_places, encoder_names, encoder_widths, marked, placeholder_of
 
 
@@ -14,9 +15,11 @@ def describe_prompt(clip: Any, text: str) -> str:
 
     Raises ValueError where an encoder is no CLIP, or where they disagree on a subject's column.
     """
+    require(clip=clip)
     encoder_names(clip.tokenizer)
     tokens = clip.tokenize(text)
     widths = encoder_widths(clip, tokens)
+    tokens = {name: tokens[name] for name in widths}
     kept = min(len(sections) for sections in tokens.values())
     lines = []
     for name, sections in tokens.items():

@@ -42,7 +42,7 @@ def recording_of(model: Any) -> Recording | None:
     return next(iter(model.get_wrappers(WrappersMP.OUTER_SAMPLE, RECORD_KEY)), None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """The last run of a model (WrappersMP.OUTER_SAMPLE).
 
@@ -129,7 +129,10 @@ class Recording:
                 "the sampler."
             )
         if not self.subjects:
-            return "The prompt holds no subject, or its strength is 0: see Apply Subject."
+            return (
+                "The prompt holds no subject, or its strength is 0, or its start_percent is not below its end_percent: "
+                "see Apply Subject."
+            )
         if self.partial:
             return "The sampler worked on parts of the picture (areas, tiles), which cannot be recorded."
         named = f"No layer's name holds '{self.layers}', or no" if self.layers else "No"

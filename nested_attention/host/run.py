@@ -45,7 +45,7 @@ def in_main_memory(x: Tensor) -> Tensor:
     return x.cpu()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AppliedSubject:
     """A subject in a model: nested tokens [1, M, C], its adapter, and what the user chose."""
 
@@ -66,7 +66,7 @@ Found = dict[str, list[list[list[Placement]]]]
 """Subjects' places in each row of each conditioning entry, by kind of entry."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Personalization:
     """The subjects of a model; wraps the host's sampling (WrappersMP.OUTER_SAMPLE)."""
 
@@ -167,7 +167,7 @@ def check_region(subject: AppliedSubject, masks: Tensor, pictures: int, size: tu
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """State of one run.
 

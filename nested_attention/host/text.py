@@ -33,6 +33,10 @@ class SubjectToken(int):
         self.nested_placeholder = placeholder
         return self
 
+    def __getnewargs__(self) -> tuple[int, str]:
+        """Of a copy."""
+        return int(self), self.nested_placeholder
+
 
 def subject_vector(vector: Tensor, placeholder: str) -> Tensor:
     """A learned embedding [C] in place of a token id, marked in the same way."""
@@ -41,7 +45,7 @@ def subject_vector(vector: Tensor, placeholder: str) -> Tensor:
     return vector
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SubjectTokenizer:
     """The host's tokenizer, in which each placeholder is one token. `tokens`: placeholder to encoder to token."""
 
@@ -146,7 +150,7 @@ class SubjectTextEncoder:
     ledger: Ledger
 
     def __call__(self, tokens: Tokens) -> tuple:
-        places = agreed_places({name: marked(s, self.widths[name]) for name, s in tokens.items()})
+        places = agreed_places({name: marked(tokens[name], width) for name, width in self.widths.items()})
         plain = {name: [[unweighted(t) for t in section] for section in s] for name, s in tokens.items()}
         states, pooled, *extra = self.encode(plain)
         length = max(len(section) for s in tokens.values() for section in s)
@@ -270,5 +274,6 @@ def check_learned(learned: Mapping[str, Tensor], widths: Mapping[str, int]) -> N
 
 
 def encoder_widths(clip: Any, names: Mapping[str, Any]) -> dict[str, int]:
-    model = clip.cond_stage_model
-    return {n: getattr(model, f"clip_{n}").transformer.get_input_embeddings().weight.shape[1] for n in names}
+    """Of those that there are: SDXL's refiner has the tokenizer of two, and one of them."""
+    encoders = {name: getattr(clip.cond_stage_model, f"clip_{name}", None) for name in names}
+    return {n: e.transformer.get_input_embeddings().weight.shape[1] for n, e in encoders.items() if e is not None}

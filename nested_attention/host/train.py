@@ -16,7 +16,7 @@ import torch
 from comfy.model_management import InterruptProcessingException
 from safetensors import safe_open
 
-from ..adapter import NestedAdapter
+from ..adapter import NestedAdapter, fingerprint
 from ..base_models import describe
 from ..files import load_adapter, save_adapter
 from ..training.config import TrainingConfig, TrainingError
@@ -68,7 +68,9 @@ def train(
             loss.enlarge_values([reader(row) for row in reader.plan.rows(0)[: config.batch]])
         validate = make_validation(config, loss, entries, kept_apart, troubles) if rank_and_size()[0] == 0 else None
         told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
-        trainer = Trainer(config, adapter, loss, reader, troubles, **told)
+        # What patches the weights, such as a LoRA, may be in them by now or not.
+        known = "" if base.model.patches else fingerprint(unet.state_dict())
+        trainer = Trainer(config, adapter, loss, reader, troubles, base=known, **told)
         try:
             finished = trainer.run(stop, interrupts=(InterruptProcessingException,))
         except InterruptProcessingException:
@@ -79,7 +81,8 @@ def train(
     if trainer.step == trainer.began and steps_of(path) == trainer.step:
         # Its record tells of the settings that it was trained with.
         log.warning(
-            "The training in %s had all its steps: %d. Raise steps to go on; another output begins anew.",
+            "The training in %s had all its steps: %d. Raise steps to go on; another output (of the node: name) begins "
+            "anew.",
             path.parent,
             trainer.step,
         )

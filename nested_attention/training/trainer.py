@@ -58,6 +58,7 @@ class Projector(nn.Module):
 class Trainer:
     """Trains an adapter in place; `average` is its running mean (EMA), which is what is saved in the end.
 
+    base        fingerprint of the base model, or nothing where it has none; told of when another goes on
     objective   loss of some samples, given the function from image features to nested keys and values
     validate    called with the step and the averaged adapter; what it returns is recorded
     watch       called with each step that is done and its line for the log
@@ -71,11 +72,12 @@ class Trainer:
         reader: Reader,
         troubles: Troubles,
         *,
+        base: str = "",
         validate: Callable[[int, NestedAdapter], dict[str, float]] | None = None,
         watch: Callable[[int, str], None] = lambda step, line: None,
     ):
         self.config, self.objective, self.reader, self.troubles = config, objective, reader, troubles
-        self.validate, self.watch = validate, watch
+        self.base, self.validate, self.watch = base, validate, watch
         self.rank, self.processes = rank_and_size()
         self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
@@ -249,6 +251,7 @@ class Trainer:
             "settings": self.config.record(),
             "processes": self.processes,
             "entries": self.reader.fingerprint,
+            "base": self.base,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -270,20 +273,27 @@ class Trainer:
         different = changed(state["settings"], self.config)
         if state["entries"] != self.reader.fingerprint:
             different.append("other entries in the data")
+        if self.base and state.get("base", "") not in ("", self.base):
+            different.append("another base model")
         if state["processes"] != self.processes:
             different.append(f"processes: {self.processes}, was {state['processes']}")
         going_on = self.leads and state["step"] < self.config.steps
         if going_on:
             log.info("Going on from step %d of %s; another output begins anew.", state["step"], self.checkpoint.parent)
         if going_on and different:
-            log.warning("The training goes on with other settings than it had: %s.", "; ".join(different))
+            log.warning(
+                "The training in %s goes on with other settings than it had: %s. Another output (of the node: name) "
+                "begins anew.",
+                self.checkpoint.parent,
+                "; ".join(different),
+            )
         try:
             self.adapter.load_state_dict(state["adapter"])
             self.average.load_state_dict(state["average"])
         except RuntimeError as error:
             raise TrainingError(
                 f"The checkpoint in {self.checkpoint.parent} is of an adapter of another shape. Choose another output "
-                f"folder for a new training. ({'; '.join(different)})"
+                f"folder (of the node: name) for a new training. ({'; '.join(different)})"
             ) from error
         groups = self.optimizer.state_dict()["param_groups"]  # rates and decay are the settings' own
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -14,6 +15,7 @@ from small_models import make_adapter
 from small_training import losses, make_base, make_data, settings
 
 from nested_attention.files import load_adapter
+from nested_attention.host import graph_training
 from nested_attention.host.adapters import load_adapter as load_in_host
 from nested_attention.host.adapters import save_adapter
 from nested_attention.host.graph_training import store_pictures, train_in_graph, trained
@@ -21,6 +23,7 @@ from nested_attention.host.layers import cross_attention_sites
 from nested_attention.host.objective import DiffusionObjective
 from nested_attention.host.train import ADAPTER
 from nested_attention.training.checkpoint import load_checkpoint
+from nested_attention.training.config import TrainingError
 from nested_attention.training.entries import read_dataset
 from nested_attention.training.pictures import read_picture
 from nested_attention.training.troubles import Troubles
@@ -90,6 +93,36 @@ def test_progress_and_samples_are_shown(base, folder):
     maps = Path("/proc/self/maps")  # Windows would let nobody write a mapped file again
     assert not maps.exists() or str(folder / "out" / ADAPTER) not in maps.read_text()
     assert train_in_graph(config, base) == 0
+
+
+def test_what_a_training_warns_of_stays_on_its_node(base, folder, monkeypatch):
+    """While steps are shown, and in the end; another base model and other settings are told of."""
+    shown = []
+    monkeypatch.setattr(graph_training, "show", lambda *said: shown.append(said))
+    config = settings(folder, steps=2)
+    assert train_in_graph(config, base, node_id="7") == 2
+    report = f"2 steps, 2 in all. The run is in {config.output}."
+    assert shown[-1] == (report, "7", False)
+    assert train_in_graph(config, base, node_id="7") == 0
+    (text, node, warning) = shown[-1]
+    assert "had all its steps: 2." in text and (node, warning) == ("7", True)
+
+    with torch.no_grad():
+        next(base.model.model.diffusion_model.parameters()).add_(0.1)
+    monkeypatch.setattr(graph_training, "SHOW_AFTER", 0.0)
+    assert train_in_graph(replace(config, steps=4, learning_rate=0.5), base, node_id="7") == 2
+    told = "other settings than it had: learning_rate: 0.5, was "
+    assert all(told in text and "another base model" in text for text, *_ in shown[-3:])
+    assert shown[-1][0].endswith("2 steps, 4 in all. The run is in " + config.output + ".") and shown[-1][2]
+
+
+def test_what_cannot_be_trained_on_is_named(base, folder, monkeypatch):
+    for name in ("model", "clip", "vae", "clip_vision"):
+        with pytest.raises(ValueError, match=f"^{name} is empty: .* Load one with"):
+            train_in_graph(settings(folder), replace(base, **{name: None}))
+    monkeypatch.setattr(base.model, "is_dynamic", lambda: True)
+    with pytest.raises(TrainingError, match="A model of this loader cannot be trained on"):
+        train_in_graph(settings(folder), base)
 
 
 @pytest.mark.parametrize("place", ["between steps", "inside a step"])

@@ -119,6 +119,17 @@ def run(node, **inputs):
     return node.execute(**inputs).result
 
 
+def said(node, **inputs):
+    """What a node says of itself, to its own text and in the history."""
+    with pytest.MonkeyPatch.context() as patch:
+        shown = []
+        patch.setattr(sys.modules[node.__module__], "show", lambda *text: shown.append(text))
+        node.hidden = HiddenHolder.from_dict({Hidden.unique_id: "7"})
+        report = node.execute(**inputs).ui.value
+    assert shown == [(report, "7")]
+    return report
+
+
 def test_ids_inputs_and_outputs(pack):
     assert pack.keys() == PROMISES.keys()
     for name, (inputs, outputs) in PROMISES.items():
@@ -342,7 +353,7 @@ def test_combine(pack, adapter):
 def test_save_and_load(pack, adapter):
     subject, _ = encode_subject(pack, adapter)
     save = pack["NestedAttentionSaveSubject"]
-    saved = [save.execute(subject=subject, filename_prefix=f"friends/anna{end}").ui.value for end in ("", "/")]
+    saved = [said(save, subject=subject, filename_prefix=f"friends/anna{end}") for end in ("", "/")]
     assert saved == [f"Saved as {Path('friends', f'anna_0000{i}_.safetensors')}" for i in (1, 2)]
     for empty in ("", " ", "./"):
         with pytest.raises(ValueError, match="The file has no name"):
@@ -364,7 +375,7 @@ def test_save_and_load(pack, adapter):
 def test_a_changed_file_is_read_again(pack, adapter):
     """A subject's adapter file also. Where a name comes through a link, the host gives none here."""
     subject, _ = encode_subject(pack, adapter)
-    shown = pack["NestedAttentionSaveSubject"].execute(subject=subject, filename_prefix="changed").ui.value
+    shown = said(pack["NestedAttentionSaveSubject"], subject=subject, filename_prefix="changed")
     load_adapter, load_subject = (pack[f"NestedAttentionLoad{kind}"] for kind in ("Adapter", "Subject"))
 
     def read():
@@ -404,7 +415,7 @@ def test_train_and_save(pack, train, tmp_path):
     further = train(images=images, crops=images, name="further", adapter=adapter, class_word="dog", steps=1)
     assert further.result[0].config.queries == 5 and further.result[2].shape == (1, 64, 64, 3)
     save = pack["NestedAttentionSaveAdapter"]
-    saved = [save.execute(adapter=adapter, filename_prefix="mine/person").ui.value for _ in range(2)]
+    saved = [said(save, adapter=adapter, filename_prefix="mine/person") for _ in range(2)]
     assert saved == [f"Saved as {Path('mine', f'person_0000{i}_.safetensors')}" for i in (1, 2)]
     name = str(Path("mine", "person_00002_.safetensors"))
     own = {"feature_layer": "adapter's own", "norm": "adapter's own"}

@@ -14,6 +14,8 @@ from nested_attention.host import run
 from nested_attention.host.adapters import load_adapter, read_weights
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.images import check_mask
+from nested_attention.host.images import encode as encode_photo
+from nested_attention.host.prompt_info import describe_prompt
 from nested_attention.host.run import AppliedSubject, Run
 
 
@@ -45,6 +47,18 @@ def test_a_second_pass_beyond_a_subjects_steps(base_model, base_clip, person, mo
         sample(model, positive, negative, sigmas=torch.tensor(sigmas))
         assert said[0] == "<person> stands in the prompt."
         assert any("None of this sampler's steps lies within <person>'s" in text for text in said[1:]) is idle
+
+
+def test_an_empty_socket_is_named(base_model, base_clip, person):
+    """As a checkpoint gives that holds no text encoders."""
+    for call in (
+        lambda: apply_subject(None, base_clip, person, placeholder="<anna>"),
+        lambda: apply_subject(base_model, None, person, placeholder="<anna>"),
+        lambda: describe_prompt(None, "a person"),
+        lambda: encode_photo(None, torch.rand(1, 8, 8, 3), None, "pad", person.adapter.config),
+    ):
+        with pytest.raises(ValueError, match="is empty: the file that its loader read holds none.* Load one with Load"):
+            call()
 
 
 def test_a_mask_of_another_picture(caplog):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from types import SimpleNamespace
 
+import comfy.sd
+import comfy.supported_models
 import pytest
 import torch
 from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from sampling import encode, same_text
 from small_models import make_adapter, make_subject
 
+from nested_attention.host import marks
 from nested_attention.host.adapters import load_adapter
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.notice import show, warn
@@ -219,3 +223,31 @@ def test_a_clip_whose_model_another_node_replaced(base_model, base_clip, person)
     clip = apply(base_model, moved, person)
     assert columns(encode(clip, "a <anna>")) == [(0, "<anna>", 2, 1.0)]
     assert clip.cond_stage_model is moved.patcher.model
+
+
+def test_a_clip_of_one_encoder_with_the_tokenizer_of_two(base_model, person):
+    """SDXL's refiner."""
+    small = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
+    options = {"clip_g_model_config": {**small, "projection_dim": 64}}
+    target = comfy.supported_models.SDXLRefiner({}).clip_target()
+    clip = apply(base_model, comfy.sd.CLIP(target, embedding_directory=None, model_options=options), person)
+    assert columns(encode(clip, "an <anna>")) == [(0, "<anna>", 2, 1.0)]
+    assert describe_prompt(clip, "an <anna>").startswith("CLIP-G section 1: 1:an 2:<anna>(as person)")
+
+
+def test_tokens_can_be_copied(clip):
+    """As nodes do that edit prompts."""
+    tokens = clip.tokenize("a (<person>:1.2) here")
+    for copied in (copy.deepcopy(tokens), pickle.loads(pickle.dumps(tokens))):
+        assert columns(clip.encode_from_tokens_scheduled(copied)) == [(0, "<person>", 2, 1.2)]
+    tokenizer = copy.deepcopy(clip.tokenizer)
+    tokenizer.another_nodes_own = 1
+    assert tokenizer.tokenize_with_weights("a <person>") == clip.tokenizer.tokenize_with_weights("a <person>")
+
+
+def test_a_ledger_forgets_the_oldest(monkeypatch):
+    monkeypatch.setattr(marks, "MOST", 3)
+    ledger = marks.Ledger()
+    for name in "abcabd":
+        ledger.add([marks.Section(name, 77, ())])
+    assert list(ledger.sections) == ["a", "b", "d"]
