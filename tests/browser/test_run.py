@@ -126,3 +126,20 @@ def test_a_warning_is_seen_from_outside_of_a_subgraph(quickstart):
     quickstart.run()
     for words in ("New Subgraph / Apply Subject", "<person> begins at 0 of the sampling and ends at 0"):
         expect(page.get_by_text(words).first).to_be_visible()
+
+
+def test_a_training_says_what_it_did(canvas, tmp_path):
+    """Also that nothing was trained, where a changed seed does not make it another training."""
+    nodes = read_graph(WORKFLOWS["train_adapter"])["nodes"]
+    train, save = (
+        next(n["id"] for n in nodes if n["type"] == f"NestedAttention{kind}") for kind in ("Train", "SaveAdapter")
+    )
+    canvas.open(WORKFLOWS["train_adapter"])
+    for name, value in {"name": tmp_path.name, "steps": 2, "preview_every": 0}.items():
+        canvas.set(train, name, value)
+    canvas.run()
+    expect(canvas.node(train)).to_contain_text("2 steps, 2 in all. The run is in")
+    expect(canvas.node(save)).to_contain_text("Saved as my_pet_00001_.safetensors")
+    canvas.set(train, "seed", 7)
+    canvas.run()
+    expect(canvas.node(train)).to_contain_text("had all its steps: 2.")
