@@ -53,9 +53,9 @@ class Watcher:
         self.bar.update_absolute(step, preview=preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def tell(self, *lines: str, warning: bool = False) -> None:
+    def tell(self, line: str, warning: bool = False) -> None:
         """Under the last warnings: each broken picture is one."""
-        show("\n".join([*self.warned[-WARNINGS:], *lines]), self.node_id, warning)
+        show("\n".join([*self.warned[-WARNINGS:], line]), self.node_id, warning)
 
 
 def train_in_graph(
@@ -85,8 +85,7 @@ def train_in_graph(
             raise
         finally:
             comfy.model_management.soft_empty_cache()
-    report = f"{watcher.done} steps, {config.steps} in all. The run is in {config.output}."
-    watcher.tell(*[report] * bool(watcher.done), warning=bool(warned))
+    watcher.tell(f"{watcher.done} steps, {config.steps} in all. The run is in {config.output}.", warning=bool(warned))
     return watcher.done
 
 
