@@ -85,18 +85,21 @@ SAVE_AFTER = 30.0  # seconds
 TIMES, KEPT = 4, 1000  # a GPU sees each batch so often, for it is faster than what draws them; so many are kept there
 
 
-def repeated(fresh: Iterable[Batch], steps: range) -> Iterator[Batch]:
-    """A batch for each step: a fresh one for every fourth, for the others any of those kept."""
-    kept, rng, fresh = [], Random(0), iter(fresh)
-    for step in steps:
-        if step % TIMES and kept:
-            yield rng.choice(kept)
-        else:
-            batch = next(fresh)
-            if len(kept) == KEPT:
-                kept.pop(rng.randrange(KEPT))
-            kept.append(batch)
-            yield batch
+def batch_number(step: int) -> int:
+    """Of a GPU's step: a fresh one for every fourth, for the others any of the last ones."""
+    newest = step // TIMES
+    return Random(step).randint(max(0, newest - KEPT + 1), newest) if step % TIMES else newest
+
+
+def repeated(made: Iterable[Batch], numbers: Iterable[int]) -> Iterator[Batch]:
+    """The batches of these numbers, each taken from `made` when it is first needed, and kept while it may be again."""
+    kept, made = {}, iter(made)
+    for number in numbers:
+        if number not in kept:
+            kept[number] = next(made)
+            if len(kept) > KEPT:
+                kept.pop(min(kept))
+        yield kept[number]
 
 
 @dataclass
@@ -184,10 +187,10 @@ def train(
         step = state["step"]
     numbers = range(step * processes + rank, plan.steps * processes, processes)
     if on_gpu:
-        numbers = range(step // TIMES, -(-plan.steps // TIMES))
+        numbers = [batch_number(each) for each in range(step, plan.steps)]
     helpers = max(1, (os.cpu_count() or 1) - 2) if on_gpu and hasattr(os, "fork") else 0
     loader = DataLoader(
-        Batches(batch_of), batch_size=None, sampler=numbers, num_workers=helpers,
+        Batches(batch_of), batch_size=None, sampler=list(dict.fromkeys(numbers)), num_workers=helpers,
         multiprocessing_context="fork" if helpers else None,
     )  # fmt: skip
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
@@ -203,7 +206,7 @@ def train(
         return {name: value.detach() for name, value in losses.items()}
 
     if on_gpu:
-        batches, learn = repeated(batches, range(step, plan.steps)), Recorded(learn)
+        batches, learn = repeated(batches, numbers), Recorded(learn)
     since = saved = time.monotonic()
     first = step
     for batch in batches:
