@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from .run import Run
 
 OVERRIDE = "optimized_attention_override"
+
+
+def unplaceable(q: Tensor, k: Tensor, layout: Layout, options: dict[str, Any]) -> str:
+    """What another node has made of the batch, where subjects cannot be placed in it, or nothing."""
+    if (len(q), k.shape[1]) != (layout.rows, layout.columns):
+        return f"{len(q)} rows of {k.shape[1]} text tokens where the batch has {layout.rows} of {layout.columns}"
+    if layout.regions is not None and q.shape[1] != (places := math.prod(options["activations_shape"][2:4])):
+        return f"{q.shape[1]} places of the picture where it has {places}, so that regions cannot be told"
+    return ""
 
 
 @dataclass(eq=False)
@@ -49,8 +59,8 @@ class LayerPatch:
         layout: Layout | None = extra_options.get(KEY)
         if layout is None:
             out = self.attend(q, k, v, options)
-        elif (len(q), k.shape[1]) != (layout.rows, layout.columns):
-            self.run.stand_aside(len(q), k.shape[1], layout)
+        elif misfit := unplaceable(q, k, layout, options):
+            self.run.stand_aside(misfit)
             out = self.attend(q, k, v, options)
         else:
             self.run.reached.add(self.index)

@@ -52,6 +52,7 @@ class Recording:
     subjects, sites, dtype   of the run, as its layers had them
     total, seed     of the run
     partial         calls that were not recorded because they held only a part of the picture
+    merged          layers that were not because another node merges places of the picture there
     times           how often the node sampled in this `job`, as upscalers by tiles and detailers do for each part
     sampler         the node that sampled; `graph` says all that made it, once somebody has looked
     """
@@ -87,6 +88,7 @@ class Recording:
         self.pictures, self.size, self.seed = shape[0], shape[-2:], seed
         self.shown = min(self.picture, max(self.pictures - 1, 0))
         self.total, self.partial, self.complete = 0, 0, False
+        self.merged: set[int] = set()
         context = get_executing_context()
         self.sampler = None if context is None else context.node_id
         job = context and (context.prompt_id, context.node_id)
@@ -120,6 +122,8 @@ class Recording:
             text += f" The node sampled {self.times} times; this is the last of them."
         if self.partial:
             text += f" {self.partial} calls of the model held a part of the picture (areas, tiles) and were left out."
+        if self.merged:
+            text += f" {len(self.merged)} layers, in which another node merges places of the picture, were left out."
         return text
 
     def why_empty(self) -> str:
@@ -135,6 +139,8 @@ class Recording:
             )
         if self.partial:
             return "The sampler worked on parts of the picture (areas, tiles), which cannot be recorded."
+        if self.merged:
+            return "Another node merges places of the picture, which cannot be recorded."
         named = f"No layer's name holds '{self.layers}', or no" if self.layers else "No"
         return f"{named} subject was active at the steps '{self.steps}' of {self.total}."
 
@@ -209,6 +215,9 @@ class Call:
         # Each entry of the conditioning fills as many rows as there are pictures.
         mine = [r - rows.start for r in range(rows.start, rows.stop) if r % recording.pictures == recording.shown]
         if not mine or not is_wanted(label, recording.layers):
+            return None
+        if qkv[0].shape[2] != h * w:
+            recording.merged.add(index)
             return None
 
         def observe(p: Tensor) -> None:

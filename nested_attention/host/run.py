@@ -7,7 +7,7 @@ cross-attention layers are patched, all in the run's own copy of the model's opt
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,13 +28,7 @@ from .marks import Ledger, Placement
 from .notice import show, warn
 from .patch import LayerPatch
 from .recording import Recording, recording_of
-from .rows import REGION_KEY, Layout, entry_placements, place_tensor, read_layout, with_bare_text, with_places
-
-
-def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The host compiles without guards on options: compiled code would keep what patches read when it was traced."""
-    can = hasattr(torch.compiler, "set_stance")  # from PyTorch 2.6 on
-    return torch.compiler.set_stance("force_eager")(function) if can else function
+from .rows import REGION_KEY, entry_placements, place_tensor, read_layout, with_bare_text, with_places
 
 
 def in_main_memory(x: Tensor) -> Tensor:
@@ -94,6 +88,8 @@ class Personalization:
             run = Run(guider.model_patcher, subjects, recording_of(guider.model_patcher))
             run.install(guider.model_options)
             run.tell_idle(args[3] if len(args) > 3 else kwargs["sigmas"])  # the host's outer_sample has them fourth
+            with run.uncompiled():
+                return executor(*args, **kwargs)
         return executor(*args, **kwargs)
 
     def write_places(self, guider: Any, found: Found, subjects: list[AppliedSubject], noise: Tensor) -> bool:
@@ -244,12 +240,25 @@ class Run:
         options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop(KEY, None)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
 
-    @uncompiled
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """Leaves compiled code out, in all threads, as the setting is the process's.
+
+        The host compiles without guards on options: compiled code would keep what patches read when it was traced.
+        Raises RuntimeError where this PyTorch cannot leave it out.
+        """
+        set_stance = getattr(torch.compiler, "set_stance", None)  # from PyTorch 2.6 on
+        if TORCH_COMPILE_KWARGS in self.model.model_options:
+            if set_stance is None:
+                raise RuntimeError(
+                    f"Subjects and torch.compile need PyTorch 2.6 or newer, and this is {torch.__version__}: it would "
+                    "go on drawing what was compiled first. Bypass the node that compiles the model, or update PyTorch."
+                )
+            self.say("torch.compile is left out while a subject is in the prompt: it would keep an earlier one.")
+        return set_stance("force_eager") if set_stance else nullcontext()
+
     def apply_model(self, executor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Wraps each call of the UNet: turns the batch's tensor of places into a layout for the layers."""
         places, regions = kwargs.pop(KEY, None), kwargs.pop(REGION_KEY, None)
-        if TORCH_COMPILE_KWARGS in self.model.model_options:
-            self.say("torch.compile is left out while a subject is in the prompt: it would keep an earlier one.")
         if places is None:
             self.say("Another node calls the model without its conditioning, so the subjects do not show there.")
             return executor(*args, **kwargs)
@@ -296,10 +305,10 @@ class Run:
                 "replaces attention there."
             )
 
-    def stand_aside(self, rows: int, columns: int, layout: Layout) -> None:
+    def stand_aside(self, misfit: str) -> None:
         self.say(
-            f"Another node rearranges attention to {rows} rows of {columns} text tokens where the batch has "
-            f"{layout.rows} of {layout.columns}. The subjects cannot be placed there: use one or the other.",
+            f"Another node rearranges attention to {misfit}. The subjects cannot be placed there: use one or the "
+            "other.",
             once="aside",
         )
 

@@ -10,6 +10,7 @@ from equations import Stands, expected_model
 from sampling import PROMPT, check, close, encode, guide, run, sample, text_of
 
 from nested_attention.host.apply import apply_subject
+from nested_attention.host.recording import record_model
 
 
 class IdentityPatch:
@@ -201,6 +202,32 @@ def test_rearranged_attention_is_left_alone(applied, base_model, change, caplog)
     assert "not reached" not in caplog.text
 
 
+def with_fewer_places(model):
+    """A pack that merges tokens of the picture in cross-attention."""
+    model = model.clone()
+    model.set_model_attn2_patch(lambda n, context, value, extra: (n[:, ::2], context, value))
+    model.set_model_attn2_output_patch(lambda n, extra: n.repeat_interleave(2, dim=1))
+    return model
+
+
+def test_merged_places(applied, base_model, base_clip, person, caplog):
+    """A subject shows there all the same; one with a region, which cannot be told from the rest, does not."""
+    model, clip = applied
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    out = sample(with_fewer_places(model), positive, negative)
+    plain = sample(with_fewer_places(base_model), positive, negative)
+    assert "rearranges" not in caplog.text and not torch.allclose(out, plain, rtol=1e-2)
+    recorded, recording = record_model(with_fewer_places(model))
+    torch.testing.assert_close(sample(recorded, positive, negative), out, rtol=0, atol=0)
+    assert (
+        recording.summary()
+        == "Nothing was recorded. Another node merges places of the picture, which cannot be recorded."
+    )
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", region=torch.ones(1, 4, 4))
+    close(sample(with_fewer_places(model), encode(clip, PROMPT), encode(clip, "bad")), plain)
+    assert caplog.text.count("rearranges attention to 8 places of the picture where it has 16") == 1
+
+
 def test_layers_that_another_node_takes_over_are_named(applied, sites, caplog):
     model, clip = applied
 
@@ -262,3 +289,26 @@ def test_a_compiled_model_follows_what_changes(base_model, base_clip, person):
         (PROMPT, {"start_percent": 0.5}),
     ):
         close(drawn(prompt, True, **choices), drawn(prompt, False, **choices))
+
+
+def test_compiled_code_is_left_out_for_the_length_of_a_run(applied):
+    """That is a setting of the process: threads of several GPUs that each changed it would leave it changed."""
+    model, clip = applied
+    found, model = [], model.clone()
+
+    def between(args):
+        found.append(torch._dynamo.eval_frame._stance.stance)
+        return args["denoised"]
+
+    model.set_model_sampler_post_cfg_function(between)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert set(found) == {"force_eager"} and torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_pytorch_that_cannot_leave_compiled_code_out(applied, monkeypatch):
+    model, clip = applied
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    [model] = TorchCompileModel.execute(model, "eager").args
+    with pytest.raises(RuntimeError, match=r"PyTorch 2\.6 or newer.*Bypass the node"):
+        sample(model, encode(clip, PROMPT), encode(clip, "bad"))
