@@ -22,8 +22,8 @@ class NestedToken:
     """One subject in one attention layer: where its token stands and what is looked up there.
 
     columns    positions of its token among the T text tokens, at least one
-    keys       Kn, [1, H, M, D]
-    values     Vn, [1, H, M, D]
+    keys       Kn, [B or 1, H, M, D]
+    values     Vn, [B or 1, H, M, D]
     strength   factor on the change that the subject makes (1: the paper, 0: none)
     weight     lambda, the token weight (1: the prompt's own attention)
     norm       norm regularisation of the per-query values, and its alpha
@@ -74,15 +74,23 @@ def per_query_values(q: Tensor, token: NestedToken) -> Tensor:
     nested = [x if len(q) == 1 else x.expand(len(q), -1, -1, -1) for x in (token.keys, token.values)]
     if q.device.type == "cpu" or (q.is_cuda and torch.version.hip is None):
         return fused_attention(q, *nested)
-    # Elsewhere it may make all probabilities, in which case a chunk of the queries at a time bounds the memory.
-    return torch.cat([fused_attention(part, *nested) for part in q.split(1024, dim=2)], dim=2)
+    return attention_in_chunks(q, *nested)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Plain attention, [B, H, N, D]."""
     if q.device.type == "mps" and q.dtype == torch.float16:  # there it multiplies before it scales, and overflows
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        return attention_in_fp32(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
+    """The same, so many queries at a time: bounds the memory where all probabilities may be made."""
+    return torch.cat([fused_attention(part, k, v) for part in q.split(chunk, dim=2)], dim=2)
+
+
+def attention_in_fp32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def has_fused_lse(q: Tensor) -> bool:

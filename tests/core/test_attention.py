@@ -232,3 +232,13 @@ def test_chunks_of_the_softmax_are_the_whole():
     tokens = [NestedToken((1, 2), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))]
     whole = subject_probabilities(q, k, tokens)
     torch.testing.assert_close(subject_probabilities(q, k, tokens, chunk=2), whole)
+
+
+def test_other_devices_attend_to_the_same():
+    """In chunks where probabilities may be made, in fp32 where half precision overflows before it is scaled."""
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (7, 5, 5))
+    whole = attention.fused_attention(q, k, v)
+    torch.testing.assert_close(attention.attention_in_chunks(q, k, v, chunk=3), whole)
+    half = attention.attention_in_fp32(*(x.half() for x in (200 * q, 200 * k, v)))
+    exact = attention.fused_attention(*(x.half().double() for x in (200 * q, 200 * k, v)))
+    torch.testing.assert_close(half, exact.half())
