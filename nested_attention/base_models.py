@@ -12,6 +12,7 @@ KNOWN = {
     (44, 1280): "SDXL refiner",
     (34, 2048): "SSD-1B",
     (15, 2048): "Segmind Vega",
+    (7, 192): "the small model that comes with the pack",
 }
 
 

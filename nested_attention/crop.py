@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ from torch import Tensor
 from .alignment import blur
 
 Background = Literal["keep", "white", "blur"]
-BACKGROUNDS: tuple[Background, ...] = ("keep", "white", "blur")
+BACKGROUNDS: tuple[Background, ...] = get_args(Background)
+Fit = Literal["center crop", "pad", "squash"]
+FITS: tuple[Fit, ...] = get_args(Fit)
 GREY = 0.5
 BLUR = 0.05  # of the crop's longer side
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,12 +54,12 @@ def build_adapter(state: Mapping[str, Any], metadata: Mapping[str, str], *, oper
     return adapter.requires_grad_(False).eval()
 
 
-def load_adapter(path: str | Path) -> NestedAdapter:
+def read_adapter(path: str | Path) -> NestedAdapter:
     """Adapter from a file in any dialect, on the CPU."""
     return build_adapter(*read_tensors(path))
 
 
-def save_adapter(adapter: NestedAdapter, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
+def write_adapter(adapter: NestedAdapter, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
     """Write an adapter in the own format. `notes` are further metadata: licence, base model, training record."""
     write_tensors(path, adapter.state_dict(), {**(notes or {}), METADATA_KEY: adapter.config.to_json()})
 
@@ -69,28 +70,42 @@ def write_tensors(
     """Write a safetensors file such that it is there whole or not at all. Raises OSError where it cannot be."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        # By its name: through the open file it would be made in memory first.
-        write_atomically(Path(path), lambda file: save_file(content, str(file.name), dict(metadata)), shared=shared)
+        # By a name: for an open file it would be made in memory first.
+        place(Path(path), lambda partial: save_file(content, str(partial), dict(metadata)), shared)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], *, shared: bool = False) -> None:
-    """Write beside the file, then replace it: a full disk or a killed process leaves the old one as it was.
+    """Write such that the file is there whole or not at all; `shared` as for `place`."""
+
+    def fill(partial: Path) -> None:
+        with partial.open("wb") as file:
+            write(file)
+
+    place(path, fill, shared)
+
+
+def place(path: Path, fill: Callable[[Path], Any], shared: bool = False) -> None:
+    """Have a file filled beside this one, then replace it: a full disk or a killed process leaves the old as it was.
 
     shared   another process may write the same file at the same time
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    # A folder, for what fills it may make further files there, and leave them when it is killed.
+    folder = path.with_name(f"{path.name}.{os.getpid()}.unfinished" if shared else f"{path.name}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
+        partial = folder / "partial"
+        partial.touch()
+        mode = partial.stat().st_mode
+        fill(partial)
+        partial.chmod(mode)  # safetensors puts a file in its place that only its owner can read
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         replace_file(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_file(new: Path, old: Path) -> None:

@@ -6,9 +6,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..nested_attention.alignment import SIZE, cut_square, square_of
-from ..nested_attention.crop import BACKGROUNDS, area_of, cut
+from ..nested_attention.crop import BACKGROUNDS, GREY, area_of, cut
 from ..nested_attention.host.faces import ORDERS, find_faces
-from ..nested_attention.host.images import GREY, as_batch, as_rgb, check_mask, fit, masks_of
+from ..nested_attention.host.images import as_batch, as_rgb, check_mask, fit, masks_of
 from ..nested_attention.host.notice import show, warn
 from .sockets import CATEGORY
 

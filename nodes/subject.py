@@ -7,6 +7,7 @@ from dataclasses import replace
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..nested_attention.crop import FITS
 from ..nested_attention.host.adapters import bind, load_adapter, subject_of
 from ..nested_attention.host.images import check_mask, encode
 from ..nested_attention.host.notice import show
@@ -32,7 +33,7 @@ class EncodeSubject(io.ComfyNode):
                 io.Image.Input("image", tooltip="Photo of the subject; a batch is several photos of the same one."),
                 io.Combo.Input(
                     "fit",
-                    options=["center crop", "pad", "squash"],
+                    options=list(FITS),
                     tooltip="How a picture is made square. center crop: its middle (usual); pad: all "
                     "of it on grey; squash: all of it, distorted.",
                 ),

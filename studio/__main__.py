@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
 
 from nested_attention.training.__main__ import find_host
@@ -130,17 +129,19 @@ def export(given: argparse.Namespace) -> None:
 
 
 def adapters(given: argparse.Namespace) -> None:
+    from nested_attention.files import read_adapter, write_adapter
     from nested_attention.host.studio import load_studio
 
     from .adapters import CLASSES, train_adapter
+    from .export import LICENSE
 
     for kind, name in CLASSES.items():
         made = train_adapter(
             world(given), load_studio(given.weights), kind, given.work, steps(given, "adapter"), steps(given, "start")
         )
-        target = given.weights / "adapters" / f"studio_{name}.safetensors"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(made, target)
+        target, adapter = given.weights / "adapters" / f"studio_{name}.safetensors", read_adapter(made)
+        told = {"command": "python -m studio", "seed": 0, "warm start": steps(given, "start")}
+        write_adapter(adapter, target, notes={**adapter.notes, "license": LICENSE, "made": json.dumps(told)})
         print(json.dumps({"adapter": target.name, "bytes": target.stat().st_size}))
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nested_attention import files
+from nested_attention.files import read_adapter, write_adapter, write_atomically
 from nested_attention.host.adapters import load_adapter, subject_of
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import Base
@@ -257,11 +257,11 @@ def as_asked(world: World, groups: Sequence[Sequence[Case]]) -> Tensor:
 
 def without_lookup(path: Path, out: Path) -> Path:
     """The adapter with keys of zero: every place sees the mean of all nested values, so that nothing is looked up."""
-    adapter = files.load_adapter(path)
+    adapter = read_adapter(path)
     for layer in adapter.layers:
         torch.nn.init.zeros_(layer.to_k.weight)
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.save_adapter(adapter, out)
+    write_adapter(adapter, out)
     return out
 
 
@@ -294,7 +294,7 @@ def run(
             if str(strength) in found["scores"].setdefault(name, {}):
                 continue
             found["scores"][name][str(strength)] = scores = scores_at(strength)
-            files.write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
+            write_atomically(out, lambda file: file.write(json.dumps(found).encode()))
             print(name, strength, {key: round(float(np.mean(scores[key])), 3) for key in MAIN}, flush=True)
 
 

@@ -46,7 +46,7 @@ def train_judge(world: World, work: Path, steps: int, size: int = BATCH) -> Judg
     torch.manual_seed(0)
     judge = Judge()
 
-    def batch(number: int, chance: torch.Generator) -> Batch:
+    def batch(number: int) -> Batch:
         rng = Random(f"judge {number}")
         scenes = [world.scene(rng) for _ in range(share(size))]
         return {

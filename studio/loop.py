@@ -137,15 +137,15 @@ class Recorded:
 class Batches(Dataset[Batch]):
     """Batches by their number, from which alone all chance in them comes."""
 
-    make: Callable[[int, torch.Generator], Batch]
+    make: Callable[[int], Batch]
 
     def __getitem__(self, number: int) -> Batch:
-        return self.make(number, torch.Generator().manual_seed(number))
+        return self.make(number)
 
 
 def train(
     module: nn.Module,
-    batch_of: Callable[[int, torch.Generator], Batch],
+    batch_of: Callable[[int], Batch],
     losses_of: Callable[[Batch], dict[str, Tensor]],
     plan: Plan,
     folder: Path,
@@ -156,7 +156,8 @@ def train(
     each are twice as fast as one of two. A GPU would wait for them: for it, batches are made by processes of their own
     and come several times, and a step is one CUDA graph.
 
-    batch_of    of its number and its random numbers; made on the CPU, perhaps in a forked process; all of one shape
+    batch_of    of its number, from which all chance in it comes; made on the CPU, perhaps in a forked process; all of
+                one shape
     losses_of   of a batch, named; their sum is what falls. On a GPU it may not read anything back
     folder      of `state.pt`, from which an interrupted training goes on, and `log.jsonl`
     """

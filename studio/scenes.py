@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import animals, people, places
-from .pictures import SIDE, VIEWS, Cast, backgrounds, cast
+from .pictures import SIDE, VIEWS, backgrounds, cast
 
 SMALL = 64  # side of the scenes that the model learns to draw
 STANDS = {  # who can be in a scene: the least and the largest side of each, and their middles
@@ -56,12 +56,10 @@ class World:
         self.casts = {kind: cast(kind, work) for kind in ("people", "animals")}
         self.backgrounds = backgrounds(work)
 
-    def scene(
-        self, rng: Random, *, held_out: bool = False, kinds: tuple[str, ...] | None = None, told: float = 0.3
-    ) -> Scene:
+    def scene(self, rng: Random, *, kinds: tuple[str, ...] | None = None, told: float = 0.3) -> Scene:
         """`told` is how often a caption tells each attribute of an identity."""
         kinds = kinds or rng.choice((("people",), ("people",), ("animals",), ("people", "animals")))
-        figures = self.figures(kinds, rng, held_out)
+        figures = self.figures(kinds, rng)
         place = self.place(rng)
         picture = small(self.draw(place, figures, rng))
         return Scene(picture, self.caption(figures, place, rng, told), place, figures)
@@ -69,12 +67,11 @@ class World:
     def place(self, rng: Random) -> str:
         return places.draw_place(rng)
 
-    def figures(self, kinds: tuple[str, ...], rng: Random, held_out: bool = False) -> tuple[Figure, ...]:
-        return tuple(self.figure(kind, i, kinds, rng, held_out) for i, kind in enumerate(kinds))
+    def figures(self, kinds: tuple[str, ...], rng: Random) -> tuple[Figure, ...]:
+        return tuple(self.figure(kind, i, kinds, rng) for i, kind in enumerate(kinds))
 
-    def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random, held_out: bool) -> Figure:
-        members: Cast = self.casts[kind]
-        number = rng.choice(members.held_out() if held_out else members.trained())
+    def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random) -> Figure:
+        number = rng.choice(self.casts[kind].trained())
         box = stand(kinds, position, rng)
         return Figure(kind, number, rng.randrange(VIEWS), box)
 

@@ -65,7 +65,7 @@ def train_base(world: World, words: Words, text: TextEncoder, work: Path, steps:
     torch.manual_seed(0)
     painter = Painter(text.requires_grad_(True))
 
-    def batch(number: int, chance: torch.Generator) -> Batch:
+    def batch(number: int) -> Batch:
         rng = Random(f"base {number}")
         scenes = [world.scene(rng, told=rng.choice(TOLD), kinds=rng.choice(SCENES)) for _ in range(share(size))]
         captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption for scene in scenes]

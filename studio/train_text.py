@@ -87,7 +87,7 @@ def train_text(world: World, words: Words, work: Path, steps: int, size: int = B
     torch.manual_seed(0)
     encoder = TextEncoder(len(words.ids))
 
-    def batch(number: int, chance: torch.Generator) -> Batch:
+    def batch(number: int) -> Batch:
         rng, texts = Random(f"text {number}"), []
         for _ in range(share(size)):
             figures, place = world.figures(rng.choice(list(STANDS)), rng), world.place(rng)

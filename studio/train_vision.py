@@ -52,7 +52,7 @@ def train_vision(world: World, work: Path, steps: int, size: int = BATCH) -> nn.
     torch.manual_seed(0)
     namer = Namer()
 
-    def batch(number: int, chance: torch.Generator) -> Batch:
+    def batch(number: int) -> Batch:
         rng = Random(f"vision {number}")
         kinds = ["people", "animals"] * (share(size) // 2)
         figures = [Figure(k, rng.choice(world.casts[k].trained()), rng.randrange(VIEWS), near(rng)) for k in kinds]

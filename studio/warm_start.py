@@ -40,7 +40,8 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
             seen, who = photographed(world, base, kind, adapter.config, config.fit)
             return seen.to(device), states[who].to(device)
 
-        def batch(number: int, chance: torch.Generator) -> Batch:
+        def batch(number: int) -> Batch:
+            chance = torch.Generator().manual_seed(number)
             return {"rows": torch.randint(len(world.casts[kind].trained()) * VIEWS, (share(BATCH),), generator=chance)}
 
         def losses(batch: Batch) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..adapter import AdapterConfig
+from ..crop import GREY, Fit
 from .connected import require
 from .notice import warn
 
-GREY = 0.5
 UNLIKE = 0.05  # of the logarithm of an aspect ratio
 EMPTY = 0.01  # the host's loader gives opaque pictures masks of up to 0.004
 ENCODERS = {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14 (the image encoder of IP-Adapter)", 1664: "CLIP ViT-bigG/14"}
@@ -41,7 +41,7 @@ def as_rgb(images: Tensor, mask: Tensor | None = None) -> Tensor:
     return color if keep is None else torch.lerp(torch.full_like(color, GREY), color, keep)
 
 
-def fit(images: Tensor, size: int, how: str) -> Tensor:
+def fit(images: Tensor, size: int, how: Fit) -> Tensor:
     """RGB [B, H, W, 3] to [B, size, size, 3] by the host's own preprocessing of image encoders.
 
     center crop: the middle square. pad: the whole picture on grey. squash: the whole picture, distorted.

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from heapq import nsmallest
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from ..adapter import NestedAdapter, fingerprint
 from ..base_models import describe
-from ..files import load_adapter, save_adapter
+from ..files import read_adapter, write_adapter
 from ..training.config import TrainingConfig, TrainingError
 from ..training.entries import Entry, read_dataset
 from ..training.gain import folded
@@ -33,6 +33,7 @@ from .validation import Validation
 
 log = logging.getLogger("nested_attention")
 ADAPTER = "adapter.safetensors"
+SHAPE = ("queries", "dim", "depth", "dim_head", "ff_mult", "feature_layer", "norm", "norm_factor")  # an adapter's own
 
 Watch = Callable[[int, str, Any], None]
 
@@ -57,13 +58,15 @@ def train(
     computed = base.model.model.get_dtype_inference()  # not each device has what is asked for
     config = replace(config, precision=next((name for name, dtype in DTYPES.items() if dtype == computed), "fp32"))
     adapter = make_adapter(config, base, start)
+    config = with_shape_of(adapter, config)
     troubles = Troubles(config.on_error)
     entries, kept_apart = split(read_dataset(config, troubles), config)
-    log.info("%d pictures to train on, %d to validate on, %d left out.", len(entries), len(kept_apart), troubles.count)
+    left_out = troubles.count
+    log.info("%d pictures to train on, %d to validate on, %d left out.", len(entries), len(kept_apart), left_out)
     unet = base.model.model.diffusion_model
     with base.frozen(), checkpointed(unet) if config.gradient_checkpointing else nullcontext():
         loss = objective(base, adapter, config, troubles)
-        reader = Reader(entries, config, troubles, rank_and_size()[1])
+        reader = Reader(entries, config, troubles, rank_and_size()[1], left_out=left_out)
         if config.value_share:
             loss.enlarge_values([reader(row) for row in reader.plan.rows(0)[: config.batch]])
         validate = make_validation(config, loss, entries, kept_apart, troubles) if rank_and_size()[0] == 0 else None
@@ -75,7 +78,7 @@ def train(
             finished = trainer.run(stop, interrupts=(InterruptProcessingException,))
         except InterruptProcessingException:
             if trainer.step:
-                write_adapter(trainer)
+                write_average(trainer)
             raise
     path = Path(config.output) / ADAPTER
     if trainer.step == trainer.began and steps_of(path) == trainer.step:
@@ -87,7 +90,7 @@ def train(
             trainer.step,
         )
     elif rank_and_size()[0] == 0:
-        write_adapter(trainer)
+        write_average(trainer)
         log.info("The adapter of step %d: %s. Put it into ComfyUI's models/nested_attention.", trainer.step, path)
     return finished
 
@@ -100,10 +103,10 @@ def steps_of(path: Path) -> int | None:
         return json.loads((file.metadata() or {}).get("training", "{}")).get("steps")
 
 
-def write_adapter(trainer: Trainer) -> Path:
+def write_average(trainer: Trainer) -> Path:
     """The averaged adapter as a file of the output folder, with the record of its making."""
     path = Path(trainer.config.output) / ADAPTER
-    save_adapter(folded(trainer.average), path, notes={"training": record(trainer)})
+    write_adapter(folded(trainer.average), path, notes={"training": record(trainer)})
     return path
 
 
@@ -111,7 +114,7 @@ def make_adapter(config: TrainingConfig, base: Base, start: NestedAdapter | None
     """A fresh adapter or the one to start from, in fp32 on the base model's device."""
     if start is not None or config.start_from:
         with reading("start_from", config.start_from):
-            adapter = load_adapter(config.start_from) if start is None else copy.deepcopy(start)
+            adapter = read_adapter(config.start_from) if start is None else copy.deepcopy(start)
         sites = cross_attention_sites(base.model.model.diffusion_model)
         check_fit(adapter.config, sites, Path(config.start_from).name)
     else:
@@ -119,6 +122,18 @@ def make_adapter(config: TrainingConfig, base: Base, start: NestedAdapter | None
     adapter = adapter.to(base.model.load_device, torch.float32).requires_grad_(True).train()
     adapter.embeddings.requires_grad_(False)
     return adapter
+
+
+def with_shape_of(adapter: NestedAdapter, config: TrainingConfig) -> TrainingConfig:
+    """The settings as they are of this adapter, which keeps its shape; says where another one was asked for."""
+    own = {name: getattr(adapter.config, name) for name in SHAPE}
+    usual = {f.name: f.default for f in fields(TrainingConfig)}
+    asked = {name: getattr(config, name) for name in SHAPE if getattr(config, name) not in (own[name], usual[name])}
+    if asked:
+        other = "; ".join(f"{name} {own[name]}, not {value}" for name, value in asked.items())
+        log.warning("The adapter to start from keeps its own shape: %s.", other)
+    adapter.config = replace(adapter.config, class_word=config.class_word)
+    return replace(config, **own)
 
 
 def split(entries: list[Entry], config: TrainingConfig) -> tuple[list[Entry], list[Entry]]:
@@ -160,5 +175,6 @@ def record(trainer: Trainer) -> str:
     """What an adapter file tells of its making."""
     shape = trainer.adapter.config
     facts = {"base_model": describe(shape.layers, shape.output_dim), "steps": trainer.step}
-    facts |= {"entries": len(trainer.reader.entries), "skipped": trainer.troubles.count}
+    skipped = trainer.reader.left_out + len(trainer.skipped | trainer.reader.broken)
+    facts |= {"entries": len(trainer.reader.entries), "skipped": skipped}
     return json.dumps({**facts, "processes": trainer.processes, "settings": trainer.config.record()})

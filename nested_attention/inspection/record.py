@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from unicodedata import normalize
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .views import resize
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Record:
         size = p.numel() * p.element_size()
         if key in self.maps:
             if p.shape != self.maps[key].shape:  # of a node that shrinks what is deep inside, for a part of the steps
-                p = F.interpolate(p[None, None], self.maps[key].shape, mode="bilinear")[0, 0]
+                p = resize(p, self.maps[key].shape)
             self.counts[key] += 1
             self.maps[key] += (p - self.maps[key]) / self.counts[key]
             return

@@ -17,6 +17,7 @@ from .troubles import Troubles
 
 log = logging.getLogger("nested_attention")
 Tensors = dict[str, Tensor]
+CONTENT = "content"
 
 
 class Cache:
@@ -41,7 +42,10 @@ class Cache:
 
     def read(self, path: Path) -> Tensors | None:
         try:
-            return read_tensors(path)[0]
+            tensors, told = read_tensors(path)
+            if told.get(CONTENT) != content_key(tensors):
+                raise OSError("it holds other numbers than were written")
+            return tensors
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
@@ -50,10 +54,14 @@ class Cache:
 
     def write(self, path: Path, tensors: Tensors) -> Tensors:
         try:
-            write_tensors(path, tensors, {}, shared=True)
+            write_tensors(path, tensors, {CONTENT: content_key(tensors)}, shared=True)
         except OSError as error:
-            self.troubles.report(f"{path} could not be written: {error}.")
+            self.troubles.report(f"The cache: {error}.")
         return tensors
+
+
+def content_key(tensors: Tensors) -> str:
+    return cache_key(*(part for named in sorted(tensors.items()) for part in named))
 
 
 def cache_key(*parts: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..adapter import FeatureLayer
 from ..attention import Norm
+from ..crop import Fit
 
 Cached = Literal["off", "memory", "disk"]
 CACHES: tuple[Cached, ...] = typing.get_args(Cached)
@@ -93,7 +94,7 @@ class TrainingConfig:
 
     resolution: int = 1024
     buckets: bool = True
-    fit: Literal["center crop", "pad", "squash"] = "center crop"
+    fit: Fit = "center crop"
     augment: float = 1.0
     caption_dropout: float = 0.05
     subject_dropout: float = 0.05

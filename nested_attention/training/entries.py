@@ -45,8 +45,9 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
         except BROKEN as error:
             troubles.report(f"{name}: {error}.")
     if not entries:
+        broken = f" ({troubles.count} are broken)" if troubles.count else ""
         raise TrainingError(
-            f"{path} holds no usable entry ({troubles.count} are broken). Pictures are {', '.join(SUFFIXES)}."
+            f"{path} holds no usable entry{broken}. Pictures are {', '.join(SUFFIXES)}; shards are .tar, uncompressed."
         )
     return entries
 
@@ -110,6 +111,8 @@ def line_record(line: bytes, folder: Path) -> dict[str, Any]:
     if unknown := sorted(record.keys() - {"image", "caption", "box", "crop"}):
         raise ValueError(f"unknown keys {', '.join(unknown)}")
     crop = record.get("crop")
+    if crop and record.get("box"):
+        raise ValueError("the subject is given by a box and by a crop: leave one of them out")
     if not isinstance(crop, (str, type(None))):
         raise ValueError(f"the crop {crop} is no name of a file")
     return {**record, "image": folder / record["image"], "crop": folder / crop if crop else None}

@@ -92,7 +92,11 @@ class Plan:
 
 @dataclass
 class Reader:
-    """Rows to samples. An entry that turns out to be broken is replaced by the next, of its bucket if there is one."""
+    """Rows to samples. An entry that turns out to be broken is replaced by the next, of its bucket if there is one.
+
+    broken     entries that turned out to be
+    left_out   how many were known to be before
+    """
 
     entries: list[Entry]
     config: TrainingConfig
@@ -100,6 +104,7 @@ class Reader:
     processes: int = 1
     broken: set[int] = field(default_factory=set)
     lock: Any = field(default_factory=threading.Lock)
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         self.plan = Plan(self.entries, self.config, self.processes)
@@ -107,7 +112,9 @@ class Reader:
     @cached_property
     def fingerprint(self) -> str:
         """Short name of what is read, to tell whether a training goes on with the same data."""
-        return f"{stable_hash([(e.image.name, e.caption, e.size, e.box) for e in self.entries]):x}"
+        crops = [(i, e.crop.name) for i, e in enumerate(self.entries) if e.crop]
+        entries = [(e.image.name, e.caption, e.size, e.box) for e in self.entries]
+        return f"{stable_hash(entries, *crops):x}"
 
     def __call__(self, row: Row) -> Sample:
         for entry in self.candidates(row):

@@ -99,6 +99,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = self.began = 0
+        self.skipped: set[int] = set()  # entries that any process has found broken, now or before an interruption
         self.checkpoint = Path(config.output) / "checkpoint.pt"
 
     def run(self, stop: Callable[[], bool] = lambda: False, interrupts: tuple[type[BaseException], ...] = ()) -> bool:
@@ -133,6 +134,7 @@ class Trainer:
                         self.keep(progress)
                     raise
                 if stopped or self.step == c.steps or self.step % c.checkpoint_every == 0:
+                    self.gather_skipped()
                     self.keep(progress)
                     if self.processes > 1:
                         dist.barrier()
@@ -190,10 +192,9 @@ class Trainer:
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            raise TrainingError(
-                f"The {what} of step {self.step + 1} is {value}. The last checkpoint is from before. Lower the "
-                "learning rate, or use bf16 or fp32 in place of fp16."
-            )
+            kept = " The last checkpoint is from before." if self.checkpoint.exists() else ""
+            half = ", or use bf16 or fp32 in place of fp16" if self.config.precision == "fp16" else ""
+            raise TrainingError(f"The {what} of step {self.step + 1} is {value}.{kept} Lower the learning rate{half}.")
 
     def mean(self, values: Tensor) -> Tensor:
         """Over the processes."""
@@ -228,6 +229,12 @@ class Trainer:
             self.guard("The losses", lambda: progress.add(self.step, **values))
         self.watch(self.step, progress.line({"step": self.step, **values}))
 
+    def gather_skipped(self) -> None:
+        found = [self.reader.broken] * self.processes
+        if self.processes > 1:
+            dist.all_gather_object(found, self.reader.broken)
+        self.skipped.update(*found)
+
     def keep(self, progress: Progress | None) -> None:
         if progress is not None:
             self.guard("The checkpoint", lambda: save_checkpoint(self.checkpoint, self.state()))
@@ -251,6 +258,7 @@ class Trainer:
             "settings": self.config.record(),
             "processes": self.processes,
             "entries": self.reader.fingerprint,
+            "skipped": sorted(self.skipped),
             "base": self.base,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),
@@ -273,6 +281,8 @@ class Trainer:
         different = changed(state["settings"], self.config)
         if state["entries"] != self.reader.fingerprint:
             different.append("other entries in the data")
+        else:
+            self.skipped.update(state.get("skipped", ()))
         if self.base and state.get("base", "") not in ("", self.base):
             different.append("another base model")
         if state["processes"] != self.processes:
@@ -291,8 +301,9 @@ class Trainer:
             self.adapter.load_state_dict(state["adapter"])
             self.average.load_state_dict(state["average"])
         except RuntimeError as error:
+            same = f"begin from {began} again, or choose" if began and not start else "choose"
             raise TrainingError(
-                f"The checkpoint in {self.checkpoint.parent} is of an adapter of another shape. Choose another output "
+                f"The checkpoint in {self.checkpoint.parent} is of an adapter of another shape: {same} another output "
                 f"folder (of the node: name) for a new training. ({'; '.join(different)})"
             ) from error
         groups = self.optimizer.state_dict()["param_groups"]  # rates and decay are the settings' own

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from nested_attention import files
 from nested_attention.adapter import AdapterConfig, NestedAdapter, fingerprint
 from nested_attention.dialects import AdapterFileError, canonical
-from nested_attention.files import build_adapter, load_adapter, read_tensors, save_adapter
+from nested_attention.files import build_adapter, read_adapter, read_tensors, write_adapter
 
 LAYERS = (8, 8, 16, 16, 16, 8, 24)  # down 2, up 4, mid 1
 NAMES = [
@@ -91,7 +91,7 @@ def test_dialects(adapter, tmp_path, name, kind):
     else:
         path = tmp_path / "adapter.bin"
         torch.save(nest(state) if kind == "nested bin" else OrderedDict(state), path)
-    loaded = load_adapter(path)
+    loaded = read_adapter(path)
     same(adapter, loaded)
     assert loaded.config == CONFIG
 
@@ -117,8 +117,8 @@ def test_own_format_keeps_the_configuration(tmp_path):
         **{**CONFIG.__dict__, "class_word": "dog", "norm": "clamp", "norm_factor": 1.5, "embeddings": {"l": 8}}
     )
     adapter = NestedAdapter(config)
-    save_adapter(adapter, tmp_path / "dog.safetensors", notes={"license": "CC0-1.0"})
-    loaded = load_adapter(tmp_path / "dog.safetensors")
+    write_adapter(adapter, tmp_path / "dog.safetensors", notes={"license": "CC0-1.0"})
+    loaded = read_adapter(tmp_path / "dog.safetensors")
     same(adapter, loaded)
     assert loaded.config == config
     assert read_tensors(tmp_path / "dog.safetensors")[1]["license"] == "CC0-1.0"
@@ -126,8 +126,8 @@ def test_own_format_keeps_the_configuration(tmp_path):
 
 def test_precision_of_the_file_is_kept(adapter, tmp_path):
     half = NestedAdapter(CONFIG).half()
-    save_adapter(half, tmp_path / "half.safetensors")
-    assert {p.dtype for p in load_adapter(tmp_path / "half.safetensors").parameters()} == {torch.float16}
+    write_adapter(half, tmp_path / "half.safetensors")
+    assert {p.dtype for p in read_adapter(tmp_path / "half.safetensors").parameters()} == {torch.float16}
 
 
 def test_writing_is_all_or_nothing(adapter, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_writing_is_all_or_nothing(adapter, tmp_path, monkeypatch):
     path.write_bytes(b"what was there")
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        save_adapter(adapter, path)
+        write_adapter(adapter, path)
     assert path.read_bytes() == b"what was there" and os.listdir(tmp_path) == [path.name]
 
 
@@ -143,7 +143,7 @@ def test_pickles_run_no_code(tmp_path):
     path = tmp_path / "evil.bin"
     path.write_bytes(pickle.dumps({"latents": os.system}))
     with pytest.raises(pickle.UnpicklingError):
-        load_adapter(path)
+        read_adapter(path)
 
 
 def broken(adapter, change):
@@ -288,3 +288,24 @@ def test_a_file_that_is_held_for_a_moment_is_written_when_it_is_free(tmp_path, m
     monkeypatch.setattr(files, "WAITS", (0.0, 0.0))
     files.write_atomically(path, lambda file: file.write(b"2"))
     assert path.read_bytes() == b"2" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(adapter, tmp_path):
+    """And all may read the file who may read others; safetensors gives it to its owner alone."""
+    path, plain = tmp_path / "a.safetensors", tmp_path / "plain"
+    (left := tmp_path / "a.safetensors.unfinished").mkdir()
+    (left / ".tmpKQleoB").write_bytes(b"half of it")
+    write_adapter(adapter, path)
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode and {*tmp_path.iterdir()} == {path, plain}
+
+
+def test_what_is_synchronized_is_what_was_written(adapter, tmp_path, monkeypatch):
+    """Before it takes the old file's place, or a loss of power could leave neither."""
+    synced = []
+    monkeypatch.setattr(files.os, "fsync", lambda number: synced.append(os.fstat(number)))
+    write_adapter(adapter, tmp_path / "a.safetensors")
+    files.write_atomically(tmp_path / "b", lambda file: file.write(b"1"))
+    assert [(s.st_ino, s.st_size) for s in synced] == [
+        (s.st_ino, s.st_size) for s in (os.stat(tmp_path / name) for name in ("a.safetensors", "b"))
+    ]

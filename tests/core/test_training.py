@@ -85,6 +85,7 @@ def test_two_processes_are_one_with_the_joined_batch(tmp_path):
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
     two = load_checkpoint(tmp_path / "two" / "checkpoint.pt")
     torch.testing.assert_close(two["average"], dict(one.average.state_dict()))
+    assert two["skipped"] == [0, 1]
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path):

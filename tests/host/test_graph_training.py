@@ -14,10 +14,9 @@ from comfy.model_management import InterruptProcessingException, interrupt_curre
 from small_models import make_adapter
 from small_training import losses, make_base, make_data, settings
 
-from nested_attention.files import load_adapter
+from nested_attention.files import read_adapter
 from nested_attention.host import graph_training
-from nested_attention.host.adapters import load_adapter as load_in_host
-from nested_attention.host.adapters import save_adapter
+from nested_attention.host.adapters import load_adapter, save_adapter
 from nested_attention.host.graph_training import store_pictures, train_in_graph, trained
 from nested_attention.host.layers import cross_attention_sites
 from nested_attention.host.objective import DiffusionObjective
@@ -168,13 +167,13 @@ def test_an_error_leaves_the_host_as_it_was(base, folder, monkeypatch):
 def test_an_adapter_is_trained_further_and_saved_with_its_notes(base, folder):
     sites = cross_attention_sites(base.model.model.diffusion_model)
     path = make_adapter(folder / "start.safetensors", sites, queries=5, norm="clamp")
-    start = load_in_host(str(path), path.name, norm="off")
+    start = load_adapter(str(path), path.name, norm="off")
     before = {name: tensor.clone() for name, tensor in start.patcher.model.state_dict().items()}
     config = settings(folder, start_from=start.name, learning_rate=0.0, weight_decay=0.0, steps=1)
     assert train_in_graph(config, base, start=start) == 1
     adapter, _, _ = trained(folder / "out")
     save_adapter(adapter, str(folder / "saved.safetensors"))
-    saved = load_adapter(folder / "saved.safetensors")
+    saved = read_adapter(folder / "saved.safetensors")
     assert saved.config == adapter.config and (saved.config.queries, saved.config.norm) == (5, "off")
     record = json.loads(saved.notes["training"])
     assert record["settings"]["start_from"] == "start.safetensors" and "11 cross-attention" in record["base_model"]
@@ -184,10 +183,10 @@ def test_an_adapter_is_trained_further_and_saved_with_its_notes(base, folder):
 
 def test_an_adapter_is_saved_in_its_precision(base, folder):
     sites = cross_attention_sites(base.model.model.diffusion_model)
-    start = load_in_host(str(make_adapter(folder / "start.safetensors", sites)), "start.safetensors")
+    start = load_adapter(str(make_adapter(folder / "start.safetensors", sites)), "start.safetensors")
     start.patcher.model.half()
     save_adapter(start, str(folder / "half.safetensors"))
-    assert {p.dtype for p in load_adapter(folder / "half.safetensors").parameters()} == {torch.float16}
+    assert {p.dtype for p in read_adapter(folder / "half.safetensors").parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from small_models import make_clip_vision
 
+from nested_attention.crop import FITS
 from nested_attention.host.images import as_rgb, encode, features, fit
 
 
@@ -26,7 +27,7 @@ def photo():
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(224, 224), (1, 1), (37, 501), (513, 64)])
-@pytest.mark.parametrize("how", ["center crop", "pad", "squash"])
+@pytest.mark.parametrize("how", FITS)
 def test_any_picture(channels, size, how):
     seen = fit(as_rgb(torch.rand(2, *size, channels)), 224, how)
     assert seen.shape == (2, 224, 224, 3) and seen.isfinite().all() and seen.min() >= 0 and seen.max() <= 1
@@ -34,7 +35,7 @@ def test_any_picture(channels, size, how):
 
 def test_fits(photo):
     wide = photo[:, 100:300]
-    crop, pad, squash = (fit(wide, 64, how) for how in ("center crop", "pad", "squash"))
+    crop, pad, squash = (fit(wide, 64, how) for how in FITS)
     middle = fit(wide[:, :, 156:356], 64, "center crop")
     torch.testing.assert_close(crop, middle, atol=0.04, rtol=0)
     assert (pad[:, :18] - 0.5).abs().max() < 0.01 and (pad[:, 24:40] - 0.5).abs().max() > 0.2

@@ -9,8 +9,7 @@ from small_models import make_adapter, make_model, make_subject
 from torch.nn.functional import cosine_similarity
 
 from nested_attention.adapter import NestedAdapter
-from nested_attention.files import load_adapter as read_adapter
-from nested_attention.files import save_adapter
+from nested_attention.files import read_adapter, write_adapter
 from nested_attention.host.adapters import load_adapter
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.run import Run
@@ -32,7 +31,7 @@ def precision(request):
 @pytest.fixture
 def adapter_of(precision, tmp_path, sites):
     adapter = read_adapter(make_adapter(tmp_path / "fp32.safetensors", sites))
-    save_adapter(adapter.to(precision), tmp_path / "adapter.safetensors")
+    write_adapter(adapter.to(precision), tmp_path / "adapter.safetensors")
     return load_adapter(str(tmp_path / "adapter.safetensors"), "adapter.safetensors")
 
 

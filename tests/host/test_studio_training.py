@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nested_attention.files import load_adapter, write_atomically
+from nested_attention.files import read_adapter, write_atomically
 from nested_attention.host.studio import load_studio
 from studio import __main__ as command
 from studio import (
@@ -153,8 +153,8 @@ def test_a_stopped_training_is_the_uninterrupted_one(tmp_path, monkeypatch):
         def losses_of(batch):
             return {"loss": (module(batch["x"]) - 1).square().mean()}
 
-        def batch_of(number, chance):
-            return {"x": torch.randn(16, 4, generator=chance)}
+        def batch_of(number):
+            return {"x": torch.randn(16, 4, generator=torch.Generator().manual_seed(number))}
 
         monkeypatch.setattr(loop, "write_atomically", write)  # after each step
         return loop.train(module, batch_of, losses_of, loop.Plan(6, 16, rate=0.1, warmup=1), folder)
@@ -248,7 +248,7 @@ def test_evidence_from_a_few_steps(world, work, base, trained):
     """All methods train, draw and are scored; an interrupted run draws nothing twice."""
     own, other = trained("people"), trained("people", **DECOUPLED)
     assert not all(
-        torch.equal(a, b) for a, b in zip(load_adapter(own).parameters(), load_adapter(other).parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(read_adapter(own).parameters(), read_adapter(other).parameters(), strict=True)
     )
     methods = {"none": evidence.nobody, "nested": evidence.nested(own), "decoupled": evidence.decoupled(other)}
     seer = judge.train_judge(world, work, 2)
@@ -331,3 +331,11 @@ def test_the_whole_command(world, tmp_path, monkeypatch):
 def test_scenes_are_the_same_for_the_same_chance(world):
     first, second = (world.scene(Random(3)) for _ in range(2))
     assert np.array_equal(first.picture, second.picture) and first.caption == second.caption
+
+
+def test_the_mean_of_two_trainings_is_no_share():
+    """Nobody is found by half, so Wilson's interval is for one training alone."""
+    found = {1: [1.0] * 9 + [0.0], 2: [1.0] * 9 + [0.5]}
+    told = {seeds: report.cells({"retrieved": scores}, {"retrieved": ""}) for seeds, scores in found.items()}
+    assert told[1] == ["90.0% (59.6% to 98.2%)"]
+    assert told[2] == ["95.0% ({:.1%} to {:.1%})".format(*evidence.interval(found[2])[1:])]

@@ -16,12 +16,12 @@ from PIL import Image
 from reference import nested_attention
 from sampling import guide, noise, sample
 from small_models import make_model
-from small_training import exact, losses, make_base, make_data, make_reader, samples_of, settings
+from small_training import exact, losses, make_base, make_data, make_reader, samples_of, save_picture, settings
 
-from nested_attention.files import load_adapter, read_tensors, save_adapter
+from nested_attention.crop import FITS
+from nested_attention.files import read_adapter, read_tensors, write_adapter
 from nested_attention.host import patch
-from nested_attention.host.adapters import BoundSubject
-from nested_attention.host.adapters import load_adapter as load_in_host
+from nested_attention.host.adapters import BoundSubject, load_adapter
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.base import DTYPES, attention_at, checkpointed, fresh_adapter
 from nested_attention.host.images import encode
@@ -109,7 +109,7 @@ def test_first_values_make_up_for_little_attention(base, folder, tmp_path, monke
     }
     for name, rate in {"still": 0.0, "moved": 1e-3}.items():
         train(settings(folder, learning_rate=rate, output=str(tmp_path / name), **changes), base)
-    trained, moved = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("still", "moved"))
+    trained, moved = (read_adapter(tmp_path / name / "adapter.safetensors") for name in ("still", "moved"))
     own = fresh_adapter(settings(folder), base)
     factors = {index: (share / p).clamp(1, 100).float() for index, p in shares.items()}
     assert len(factors) == len(own.layers)
@@ -141,8 +141,8 @@ def test_training_forward_is_samplings_forward(base, folder, tmp_path):
     config = settings(folder, batch=3)
     objective, adapter, samples = objective_of(base, config)
     path = tmp_path / "adapter.safetensors"
-    save_adapter(adapter, path)
-    loaded = load_in_host(str(path), path.name)
+    write_adapter(adapter, path)
+    loaded = load_adapter(str(path), path.name)
     with torch.no_grad():
         batch = objective.prepare(samples)
         assert len(batch.groups) >= 2
@@ -255,7 +255,7 @@ def test_half_precision_learns_in_full(base, folder, tmp_path, precision):
     full = settings(folder, output=str(tmp_path / "full"), steps=1)
     assert train(full, base)
     assert losses(config)[1] == pytest.approx(losses(full)[1], rel=0.05)
-    assert {p.dtype for p in load_adapter(tmp_path / "adapter.safetensors").parameters()} == {torch.float32}
+    assert {p.dtype for p in read_adapter(tmp_path / "adapter.safetensors").parameters()} == {torch.float32}
 
 
 def test_a_base_that_nodes_loaded(folder, tmp_path):
@@ -264,7 +264,7 @@ def test_a_base_that_nodes_loaded(folder, tmp_path):
         base = make_base()
         with torch.inference_mode(False):
             assert train(settings(folder, output=str(tmp_path), steps=1), base)
-        adapter = load_in_host(str(tmp_path / "adapter.safetensors"), "adapter.safetensors")
+        adapter = load_adapter(str(tmp_path / "adapter.safetensors"), "adapter.safetensors")
         bound = bind(adapter.patcher.model.resampler(torch.randn(1, 17, 48)), adapter)
         model, clip = apply_subject(base.model, base.clip, bound, placeholder="<person>")
         positive = clip.encode_from_tokens_scheduled(clip.tokenize("a <person>"))
@@ -312,15 +312,51 @@ def test_a_finished_run_is_left_as_it_is(base, folder, tmp_path, caplog):
     assert path.read_bytes() == before
     path.unlink()
     assert train(config, base) and path.exists()
-    save_adapter(load_adapter(path), path, notes={"training": '{"steps": 1}'})  # killed before it was written anew
+    write_adapter(read_adapter(path), path, notes={"training": '{"steps": 1}'})  # killed before it was written anew
     assert train(config, base)
     assert json.loads(read_tensors(path)[1]["training"])["steps"] == 2
 
 
+def test_an_adapter_to_start_from_keeps_its_shape(base, folder, tmp_path, caplog):
+    """And the record tells what it has, not what was asked for or is usual."""
+    write_adapter(
+        fresh_adapter(settings(folder, queries=5, norm="clamp", class_word="dog"), base), tmp_path / "start.safetensors"
+    )
+    asked = {"start_from": str(tmp_path / "start.safetensors"), "queries": 8, "feature_layer": "penultimate"}
+    assert train(settings(folder, output=str(tmp_path / "out"), steps=1, **asked), base)
+    assert "keeps its own shape: queries 5, not 8; feature_layer last, not penultimate." in caplog.text
+    adapter = read_adapter(tmp_path / "out" / "adapter.safetensors")
+    told = json.loads(adapter.notes["training"])["settings"]
+    assert (told["queries"], told["norm"], told["feature_layer"]) == (5, "clamp", "last")
+    assert (adapter.config.queries, adapter.config.norm, adapter.config.class_word) == (5, "clamp", "person")
+    with pytest.raises(TrainingError, match="begin from start.safetensors again, or choose another output"):
+        train(settings(folder, output=str(tmp_path / "out"), steps=2, queries=8), base)
+
+
+def test_what_was_skipped_is_told_after_an_interruption(base, folder, tmp_path, monkeypatch):
+    """Once, though it is found again: left out of the data, or found to be broken on the way."""
+    lines = [
+        {"image": "gone.png", "caption": "a person"},
+        *({"image": f"{i}.png", "caption": "a person"} for i in "012"),
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for i in range(3):
+        save_picture(tmp_path / f"{i}.png", i)
+    picture = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(picture[: len(picture) // 2])
+    data = {"data": str(tmp_path / "data.jsonl"), "on_error": "skip", "batch": 3, "buckets": False, "prefetch": 0}
+    for steps, mended in ((1, False), (2, False), (3, True)):
+        if mended:
+            (tmp_path / "1.png").write_bytes(picture)
+        assert train(settings(folder, output=str(tmp_path / "out"), steps=steps, **data), base)
+        told = json.loads(read_tensors(tmp_path / "out" / "adapter.safetensors")[1]["training"])
+        assert (told["steps"], told["entries"], told["skipped"]) == (steps, 3, 2)
+
+
 def test_a_fresh_adapter_at_strength_zero_is_the_host(base, folder, tmp_path):
     adapter = fresh_adapter(settings(folder), base)
-    save_adapter(adapter, tmp_path / "fresh.safetensors")
-    loaded = load_in_host(str(tmp_path / "fresh.safetensors"), "fresh.safetensors")
+    write_adapter(adapter, tmp_path / "fresh.safetensors")
+    loaded = load_adapter(str(tmp_path / "fresh.safetensors"), "fresh.safetensors")
     bound = bind(adapter.resampler(torch.randn(1, 17, 48)).detach(), loaded)
     model, clip = apply_subject(base.model, base.clip, bound, placeholder="<person>", strength=0.0)
     ours, plain = clip.tokenize("a <person>"), base.clip.tokenize("a person")
@@ -361,9 +397,6 @@ def test_dropped_subjects_are_nobody(base, folder):
     objective, _, samples = objective_of(base, settings(folder))
     nobody = [replace(sample, subject=False) for sample in samples]
     assert objective.features(samples).any() and not objective.features(nobody).any()
-
-
-FITS = ("center crop", "pad", "squash")
 
 
 @pytest.mark.parametrize("how", FITS)
@@ -431,4 +464,4 @@ def test_the_command(base, folder, tmp_path, monkeypatch):
     ]
     monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "settings.json"), *further, "--batch", "1"])
     command.main()
-    assert load_adapter(tmp_path / "b" / "adapter.safetensors").config == load_adapter(further[-1]).config
+    assert read_adapter(tmp_path / "b" / "adapter.safetensors").config == read_adapter(further[-1]).config

@@ -119,9 +119,21 @@ def test_files_are_taken_only_for_what_they_were_made_of(base, folder):
     assert sizes == [2, 3, 4, 5, 7, 9]  # another encoder's are other files, of text and latents both
 
 
+def test_numbers_that_changed_on_the_disk_are_made_again(tmp_path, caplog):
+    """The file is whole, and reads as well as before."""
+    made = {"x": torch.ones(4), "y": torch.zeros(2)}
+    Cache("disk", tmp_path, Troubles("stop")).get("ab", lambda: made)
+    path = tmp_path / "ab" / "ab.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    for _ in range(2):
+        found = Cache("disk", tmp_path, Troubles("stop")).get("ab", lambda: made)
+        torch.testing.assert_close(found, made, rtol=0, atol=0)
+    assert caplog.text.count("is damaged and is made again: it holds other numbers") == 1
+
+
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError("No space left on device")
+    def full(path, *_, **__):
+        raise OSError(f"{path} could not be written: No space left on device")
 
     monkeypatch.setattr("nested_attention.training.cache.write_tensors", full)
     made = {"x": torch.ones(1)}

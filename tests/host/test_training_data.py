@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 
 import pytest
@@ -35,9 +36,10 @@ BROKEN = {
     '{"image": "0.png", "caption": "a person", "box": "all"}': "is not .left, top",
     '{"image": "0.png", "caption": "a person", "crop": "gone.png"}': "gone.png",
     '{"image": "0.png", "caption": "a person", "crop": 5}': "crop 5 is no name of a file",
+    '{"image": "0.png", "caption": "a person", "box": [0, 0, 9, 9], "crop": "0.png"}': "by a box and by a crop",
     '{"image": "0.png", "caption": "a person", "boxes": []}': "unknown keys boxes",
     '{"image": "text.png", "caption": "a person"}': "text.png",
-    '{"image": "0.png", "caption": ': "line 10",
+    '{"image": "0.png", "caption": ': "line 11",
     '"0.png"': "expected an object",
     '{"image": "0.png", "caption": "a person \\ud83d"}': "surrogates not allowed",
     "[" * 10**5: "recursion",
@@ -63,10 +65,35 @@ def test_every_kind_of_broken_entry_is_named(folder, tmp_path, caplog):
     assert troubles.count == len(BROKEN) + 1
     for i, problem in enumerate(BROKEN.values()):
         with pytest.raises(TrainingError, match=problem):
-            data.write_text(list(BROKEN)[i] if i != 9 else "\n" * 9 + list(BROKEN)[i])
+            data.write_text(list(BROKEN)[i] if i != 10 else "\n" * 10 + list(BROKEN)[i])
             read_dataset(config, Troubles("stop"))
     with pytest.raises(TrainingError, match="no usable entry"):
         read_dataset(config, Troubles("skip"))
+
+
+def test_what_makes_it_other_data(tmp_path):
+    """Else a training would go on with it and not say so."""
+
+    def named(*changes):
+        lines = [{"image": f"{i}.png", "caption": "a person"} for i in range(2)]
+        for i, change in enumerate(changes):
+            lines[i] |= change
+        data = tmp_path / "data.jsonl"
+        data.write_text("\n".join(map(json.dumps, lines)))
+        config = settings(tmp_path, data=str(data))
+        return make_reader(read_dataset(config, Troubles("stop")), config).fingerprint
+
+    for i in range(3):
+        save_picture(tmp_path / f"{i}.png", i)
+    changes = (
+        {"image": "2.png"},
+        {"caption": "a glad person"},
+        {"box": [0, 0, 9, 9]},
+        {"crop": "1.png"},
+        {"crop": "2.png"},
+    )
+    assert len({named(), *map(named, changes), named({}, {"crop": "1.png"})} - {None}) == 7
+    assert named() == named() and named({"crop": "1.png"}) == named({"crop": "1.png"})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.controlnet import ControlNet
 
 from nested_attention.adapter import AdapterConfig, NestedAdapter
-from nested_attention.files import save_adapter
+from nested_attention.files import write_adapter
 from nested_attention.host.adapters import BoundSubject
 from nested_attention.subject import Subject
 
@@ -82,7 +82,7 @@ def make_adapter(path: Path, sites, seed: int = 2, **changes) -> Path:
     settings |= {"output_dim": CONTEXT, "layers": tuple(site.inner for site in sites)}
     adapter = NestedAdapter(AdapterConfig(**{**settings, **changes}))
     randomize(adapter, seed)
-    save_adapter(adapter, path)
+    write_adapter(adapter, path)
     return path
 
 

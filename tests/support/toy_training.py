@@ -32,11 +32,12 @@ def settings(folder: Path, **changes) -> TrainingConfig:
 
 
 class ToyReader:
-    """Rows to samples whose features and targets come from the entry's number."""
+    """Rows to samples whose features and targets come from the entry's number. Each process finds another broken."""
 
     def __init__(self, config: TrainingConfig, count: int = 5):
         self.entries = [Entry(Path(f"{i}.png"), "<person>", (64, 64 + 32 * (i % 2))) for i in range(count)]
-        self.plan = Plan(self.entries, config, rank_and_size()[1])
+        rank, processes = rank_and_size()
+        self.plan, self.broken = Plan(self.entries, config, processes), {rank}
 
     fingerprint = "toy"
 
