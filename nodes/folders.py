@@ -57,9 +57,11 @@ def check_file_name(name: str) -> None:
 def new_file(folder: str, prefix: str) -> tuple[str, str]:
     """A path of a model folder where nothing is yet, numbered as the host's savers do, and its name in the folder.
 
-    Raises ValueError for an empty name, and for one that is none on Windows.
+    Raises ValueError for an empty name, for one that leads elsewhere, and for one that is none on Windows.
     """
     check_file_name(prefix)
+    if os.path.isabs(prefix.strip()) or os.path.normpath(prefix.strip().replace("\\", "/")).startswith(".."):
+        raise ValueError(f"'{prefix}' leads out of models/{folder}: write a name such as anna or friends/anna.")
     if not prefix.strip(" ./\\"):
         raise ValueError("The file has no name: write one at filename_prefix, such as anna or friends/anna.")
     root = folder_paths.get_folder_paths(folder)[0]

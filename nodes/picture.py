@@ -78,8 +78,6 @@ class AlignFace(io.ComfyNode):
         if missing:
             which = f"photo {', '.join(missing)} of {len(faces)}"
             warn(f"No face was found in {which}: it is used whole.", cls.hidden.unique_id)
-        else:
-            show(f"{len(faces)} of {len(faces)} photos aligned.", cls.hidden.unique_id)
         if len(missing) < len(faces):
             # Beside aligned faces a whole photo has to be of their size.
             image = torch.cat(
@@ -88,6 +86,8 @@ class AlignFace(io.ComfyNode):
                     for photo, face in zip(image, faces, strict=True)
                 ]
             )
+        if not missing:
+            show(f"{len(faces)} of {len(faces)} photos aligned.", cls.hidden.unique_id)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -28,12 +28,10 @@ class Photos:
     """A subject's photos as the image encoder saw them [B, S, S, 3], and what each nested token looked at there.
 
     attention   [B, Q, g, g] over the patches of each photo
-    same        whether these photos give the very tokens of the subject
     """
 
     seen: Tensor
     attention: Tensor
-    same: bool
 
     def of_token(self, token: int) -> tuple[Tensor, Tensor]:
         """Photo [S, S, 3] and heat map [g, g] of one of the subject's nested tokens."""
@@ -41,10 +39,12 @@ class Photos:
         return self.seen[photo], self.attention[photo, query]
 
 
-def look_at_photos(adapter: LoadedAdapter, clip_vision: Any, images: Tensor, tokens: Tensor) -> Photos:
-    """What a subject's nested tokens [1, M, C] looked at in its photos [B, H, W, 3].
+def look_at_photos(
+    adapter: LoadedAdapter, clip_vision: Any, images: Tensor, tokens: Tensor
+) -> tuple[Photos | None, str]:
+    """What a subject's nested tokens [1, M, C] looked at in its photos [B, H, W, 3], and what is to be said of it.
 
-    Raises ValueError where there are not as many photos as the subject was made of.
+    None where these photos make another number of tokens.
     """
     seen, features = encode(clip_vision, images, None, "center crop", adapter.config)
     patcher = adapter.patcher
@@ -57,13 +57,17 @@ def look_at_photos(adapter: LoadedAdapter, clip_vision: Any, images: Tensor, tok
         attention.append(patch_maps(over_photo.cpu()))
     joined = torch.cat(made, dim=1)
     if joined.shape != tokens.shape:
-        raise ValueError(
-            f"The subject has {tokens.shape[1]} nested tokens, these {len(images)} photos make {joined.shape[1]}. "
-            "Connect all photos that it was made of: the output 'seen' of Encode Subject. Averaged photos cannot be "
-            "told apart."
+        return None, (
+            f"What its tokens looked at is not shown: the subject has {tokens.shape[1]}, of {len(images)} photos come "
+            f"{joined.shape[1]}. Connect the output 'seen' of its Encode Subject, with 'concatenate' there: averaged "
+            "tokens come from no single photo."
         )
     difference = (joined - tokens.cpu().float()).norm() / joined.norm()
-    return Photos(seen.cpu(), torch.cat(attention), bool(difference < 0.02))
+    other = (
+        "This photo makes other tokens than the subject's: connect the output 'seen' of its own Encode Subject. "
+        "Averaged and blended ones come from no single photo."
+    )
+    return Photos(seen.cpu(), torch.cat(attention)), "" if difference < 0.02 else other
 
 
 def number_of(recording: Recording, bound: BoundSubject) -> int:
@@ -73,7 +77,10 @@ def number_of(recording: Recording, bound: BoundSubject) -> int:
         if same and torch.equal(subject.tokens.cpu(), bound.subject.tokens.cpu()):
             return number
     names = ", ".join(subject.placeholder for subject in recording.subjects)
-    raise ValueError(f"The recorded run holds {names}, but not this subject. Connect the one that Apply Subject has.")
+    raise ValueError(
+        f"The recorded run holds {names}, but not this subject. Connect the one that Apply Subject has; if it is that, "
+        "its strength is 0 there, or its start_percent not below its end_percent."
+    )
 
 
 def lookups(recording: Recording, number: int, layers: Sequence[int]) -> Iterator[Lookup]:
@@ -121,7 +128,7 @@ class Inspection:
         photo = None if self.photos is None else self.photos[0].cpu().float()
         note = f"seed {self.recording.seed}; {self.recording.summary()}"
         if "points" in sections or view == "photo":
-            note += f"\n{self.about_photos()}"
+            note += f"\n{self.looked_at[1]}"
         overview = figures.overview(photo, self.picture, self.points)
         return figures.sheet(f"Nested attention: {self.name} ({view})", note, [overview, *drawn])
 
@@ -150,15 +157,11 @@ class Inspection:
         return kept
 
     @cached_property
-    def looked_at(self) -> Photos | None:
+    def looked_at(self) -> tuple[Photos | None, str]:
+        """What the subject's tokens looked at, if that is known, and what is to be said of it."""
         if self.photos is None or self.clip_vision is None:
-            return None
+            return None, "Connect photo and clip_vision to see what the subject's tokens looked at."
         return look_at_photos(self.bound.adapter, self.clip_vision, self.photos, self.bound.subject.tokens)
-
-    def about_photos(self) -> str:
-        if self.looked_at is None:
-            return "Connect photo and clip_vision to see what the subject's tokens looked at."
-        return "" if self.looked_at.same else "This photo makes other tokens than the subject's: connect 'seen'."
 
     def attention(self, view: str, few: int | None) -> list[tuple[str, list[tuple[str, Tensor]]]]:
         """Rows of captioned p_s maps."""
@@ -166,7 +169,9 @@ class Inspection:
         select = partial(record.select, self.number)
         everything = select(layers=self.layers)
         if not everything:
-            raise ValueError(f"{self.name} was not active at the recorded steps.")
+            raise ValueError(
+                f"{self.name} was not active at the recorded steps, or no prompt holds it: see Apply Subject."
+            )
         steps = spread([step for step in record.steps() if select([step], self.layers)], few and few - 1)
         layers = spread([layer for layer in self.layers if select(layers=[layer])], few)
         by_step = [("mean of all", average(everything))]
@@ -188,11 +193,12 @@ class Inspection:
         if not self.points:
             raise ValueError("Write at least one point, x,y in 0 to 1 of the picture: 0.5,0.4")
         weights = point_weights(lookups(self.recording, self.number, self.kept), self.points)
+        photos, said = self.looked_at
         if view == "points":
-            return figures.at_points(weights, len(self.kept), self.looked_at and self.looked_at.of_token)
-        if self.looked_at is None:
-            raise ValueError("Connect the subject's photo and clip_vision to see what its tokens looked at.")
-        return figures.photo(weights, self.looked_at.of_token)
+            return figures.at_points(weights, len(self.kept), photos and photos.of_token)
+        if photos is None:
+            raise ValueError(said)
+        return figures.photo(weights, photos.of_token)
 
 
 def inspect(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .connected import require
-from .text import agreed_places, encoder_names, encoder_widths, marked, placeholder_of
+from .text import agreed_places, encoder_names, encoder_widths, marked, placeholder_of, spelled
 
 
 def describe_prompt(clip: Any, text: str) -> str:
@@ -42,7 +42,7 @@ def words_of(section: list[tuple], encoder: Any) -> list[tuple[int, tuple]]:
 def described(entry: tuple, column: int, encoder: Any) -> str:
     """'2:cat', '3:<person>(as person)', '4:[embedding]', with a weight other than 1 behind it."""
     token, weight, *_ = entry
-    word = "[embedding]" if isinstance(token, Tensor) else encoder.inv_vocab[int(token)].removesuffix("</w>")
+    word = "[embedding]" if isinstance(token, Tensor) else spelled(encoder, token)
     if placeholder := placeholder_of(token):
         word = f"{placeholder}(as {'a learned word' if isinstance(token, Tensor) else word})"
     return f"{column}:{word}" + (f"*{weight:g}" if weight != 1 else "")

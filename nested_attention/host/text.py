@@ -126,14 +126,18 @@ def class_tokens(
             continue
         ids = word_ids(tokenizer, name, word)
         if len(ids) != 1:
-            vocabulary = getattr(tokenizer, f"clip_{name}").inv_vocab
-            parts = " + ".join(f"'{vocabulary[i].removesuffix('</w>')}'" for i in ids) or "nothing"
+            parts = " + ".join(f"'{spelled(getattr(tokenizer, f'clip_{name}'), i)}'" for i in ids) or "nothing"
             raise ValueError(
                 f"The class word must be one CLIP token; '{word}' is {len(ids)} ({parts}). "
                 "Choose a simpler English word for what the subject is, such as person, woman, dog or car."
             )
         tokens[name] = SubjectToken(ids[0], placeholder)
     return tokens
+
+
+def spelled(encoder: Any, token: int) -> str:
+    """A token of one encoder's vocabulary as text, with \ufffd for a part of a letter."""
+    return encoder.tokenizer.decode([int(token)]).strip()
 
 
 @dataclass(frozen=True)

@@ -32,20 +32,30 @@ HEAT = (
 )
 
 
-# What systems have for Chinese, Japanese and Korean, which Pillow's own font lacks.
-EAST_ASIAN = ("msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc")
+# What systems have for the letters that Pillow's own font lacks; those of East Asia first, which have the others too.
+SYSTEM_FONTS = (
+    "msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+    "arial.ttf", "Arial.ttf", "DejaVuSans.ttf", "LiberationSans-Regular.ttf",
+)  # fmt: skip
+NO_LETTER = "\U0010ffff"
 
 
 @lru_cache
-def font(size: int, east_asian: bool = False) -> ImageFont.ImageFont:
-    for name in EAST_ASIAN if east_asian else ():
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+def font(size: int, name: str = "") -> ImageFont.ImageFont | None:
+    """Pillow's own, or the system's of this name, if there is one."""
+    with suppress(OSError):
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
 
 
+@lru_cache(maxsize=1024)
 def font_of(line: str, size: int) -> ImageFont.ImageFont:
-    return font(size, any(character >= "\u2e80" for character in line))
+    """The first font that has all letters of a line; Pillow's own where none has."""
+    found = (font(size, name) for name in ("", *SYSTEM_FONTS))
+    return next((each for each in found if each and not any(lacks(each, c) for c in set(line))), font(size))
+
+
+def lacks(font: ImageFont.ImageFont, letter: str) -> bool:
+    return bytes(font.getmask(letter)) == bytes(font.getmask(NO_LETTER)) and letter != " "
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -91,7 +101,8 @@ def owner_map(picture: Tensor, shares: Tensor, width: int = PANEL) -> Image.Imag
     image = photograph(picture, width).convert("L").convert("RGB")
     big = F.interpolate(shares[None].float(), (image.height, image.width), mode="bilinear")[0]
     most, owner = big.max(0)
-    certain = ((most * len(shares) - 1) / max(len(shares) - 1, 1)).clamp(0, 1)[..., None]
+    even = 1 / len(shares) if len(shares) > 1 else 0.0
+    certain = ((most - even) / (1 - even)).clamp(0, 1)[..., None]
     colors = torch.tensor([mark_color(i) for i in range(len(shares))])[owner]
     return to_image(torch.lerp(to_tensor(image), colors, 0.15 + 0.55 * certain))
 

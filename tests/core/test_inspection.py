@@ -278,3 +278,24 @@ def test_stems_are_as_high_as_their_weights():
     stems = [[i for i in range(len(x)) if x[i] > 50] for x in (places, first, second)]
     assert stems[1] == [*stems[0][6:8], *stems[0][16:18]] and stems[2] == stems[0][10:12]
     assert first[stems[1][0]] == pytest.approx(2 * first[stems[1][2]].item(), abs=8) == second[stems[2][0]]
+
+
+def test_a_place_of_the_only_subject_is_all_its_own():
+    only = drawing.to_tensor(drawing.owner_map(torch.zeros(40, 60, 3), torch.ones(1, 4, 6), width=60))
+    torch.testing.assert_close(only[20, 30], 0.7 * torch.tensor(drawing.mark_color(0)), atol=0.01, rtol=0)
+
+
+def test_letters_that_pillow_lacks_are_drawn_by_another_font(monkeypatch):
+    """Where a system has one; the host's requirements bring none."""
+    plain = drawing.font(20, "")
+    assert drawing.font_of("<person> at 4x4", 20) is plain and drawing.lacks(plain, "\u00e9")
+    monkeypatch.setattr(drawing, "font", lambda size, name="": {"": plain, "Arial.ttf": other}.get(name))
+    other = type(
+        "Font", (), {"getmask": lambda self, letter: b"no" if letter == drawing.NO_LETTER else letter.encode()}
+    )()
+    drawing.font_of.cache_clear()
+    assert drawing.font_of("<caf\u00e9>", 20) is other and drawing.font_of("<cafe>", 20) is plain
+    other.__class__.getmask = lambda self, letter: b"no"
+    drawing.font_of.cache_clear()
+    assert drawing.font_of("<caf\u00e9>", 20) is plain
+    drawing.font_of.cache_clear()

@@ -342,8 +342,8 @@ def photographed(adapter):
 
 def test_heat_over_the_photo_is_the_q_formers_attention(adapter, photographed):
     bound, seen, vision = photographed
-    looked = look_at_photos(adapter, vision, seen, bound.subject.tokens)
-    assert looked.same and looked.attention.shape == (2, 12, 4, 4)
+    looked, said = look_at_photos(adapter, vision, seen, bound.subject.tokens)
+    assert not said and looked.attention.shape == (2, 12, 4, 4)
     maps = []
     adapter.patcher.model.resampler(vision.encode_image(seen[1:]).last_hidden_state, observe=maps.append)
     expected = torch.stack([m.mean(1) for m in maps]).mean(0)[0]
@@ -354,9 +354,10 @@ def test_heat_over_the_photo_is_the_q_formers_attention(adapter, photographed):
 
 def test_other_photos_are_noticed(adapter, photographed):
     bound, seen, vision = photographed
-    assert not look_at_photos(adapter, vision, torch.rand(2, 32, 32, 3), bound.subject.tokens).same
-    with pytest.raises(ValueError, match="24 nested tokens, these 1 photos make 12. Connect all photos"):
-        look_at_photos(adapter, vision, seen[:1], bound.subject.tokens)
+    others, said = look_at_photos(adapter, vision, torch.rand(2, 32, 32, 3), bound.subject.tokens)
+    assert others and "This photo makes other tokens" in said
+    nothing, said = look_at_photos(adapter, vision, seen[:1], bound.subject.tokens)
+    assert nothing is None and "the subject has 24, of 1 photos come 12. Connect the output 'seen'" in said
 
 
 @pytest.fixture
@@ -403,9 +404,13 @@ def test_chosen_layers_are_drawn(inspected):
 
 def test_what_a_view_lacks_is_said(inspected, person):
     without = inspected(photos=None)
-    assert without.draw("sheet").shape[0] == 1 and "Connect photo and clip_vision" in without.about_photos()
-    with pytest.raises(ValueError, match="Connect the subject's photo and clip_vision"):
+    assert without.draw("sheet").shape[0] == 1 and "Connect photo and clip_vision" in without.looked_at[1]
+    with pytest.raises(ValueError, match="Connect photo and clip_vision to see"):
         without.draw("photo")
+    fewer = inspected(photos=torch.rand(3, 32, 32, 3), clip_vision=make_clip_vision())
+    assert fewer.draw("sheet").shape[0] == 1
+    with pytest.raises(ValueError, match="of 3 photos come 36"):
+        fewer.draw("photo")
     with pytest.raises(ValueError, match="at least one point"):
         inspected(points=()).draw("points")
     with pytest.raises(ValueError, match="No recorded layer's name holds '64x64'. There are: input 1.0"):

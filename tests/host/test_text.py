@@ -186,6 +186,11 @@ def test_prompt_in_words(clip):
         "Subjects: <person> at column 2 of section 1, strength 1.3",
     ]
     assert describe_prompt(clip, "").endswith("CLIP-L section 1: empty\nSubjects: none")
+    # Its letters, where a token has whole ones.
+    assert (
+        describe_prompt(clip, "a caf\u00e9 \u5973").splitlines()[1]
+        == "CLIP-L section 1: 1:a 2:caf\u00e9 3:\ufffd 4:\ufffd"
+    )
 
 
 def test_prompt_for_another_kind_of_encoder():
