@@ -38,7 +38,8 @@ function pick(node, picture) {
         return
     }
     const widget = node.widgets.find((widget) => widget.name === "points")
-    let points = parse(widget.value)
+    let points
+    const past = []
 
     const dialog = document.createElement("dialog")
     dialog.className = "nested-attention-points"
@@ -50,27 +51,37 @@ function pick(node, picture) {
     image.style.cssText = "display: block; height: 70vh; max-width: 85vw; object-fit: fill; image-rendering: pixelated"
     place.append(image)
 
-    function show() {
-        place.querySelectorAll("button").forEach((mark) => mark.remove())
+    const field = document.createElement("input")
+    field.style.cssText = "width: 100%; box-sizing: border-box; margin-bottom: 8px"
+    field.oninput = () => mark(parse(field.value))
+
+    const show = (changed) => {
+        mark(changed)
+        field.value = format(points)
+        field.focus() // While a text field has it, the front end's undo leaves the graph alone.
+    }
+
+    function mark(changed) {
+        if (points) past.push(points)
+        points = changed
+        place.querySelectorAll("button").forEach((number) => number.remove())
         points.forEach(([x, y], i) => {
-            const mark = document.createElement("button")
-            mark.textContent = i + 1
-            mark.style.cssText =
+            const number = document.createElement("button")
+            number.textContent = i + 1
+            number.style.cssText =
                 "position: absolute; width: 22px; height: 22px; border-radius: 50%; border: 2px solid white;" +
                 `padding: 0; background: #d6336c; color: white; font: 12px/1 sans-serif; translate: -50% -50%;` +
                 `left: ${100 * x}%; top: ${100 * y}%`
-            mark.onclick = (event) => {
+            number.onclick = (event) => {
                 event.stopPropagation()
-                points.splice(i, 1)
-                show()
+                show(points.toSpliced(i, 1))
             }
-            place.append(mark)
+            place.append(number)
         })
     }
 
     image.onclick = (event) => {
-        points.push([event.offsetX / image.clientWidth, event.offsetY / image.clientHeight])
-        show()
+        show([...points, [event.offsetX / image.clientWidth, event.offsetY / image.clientHeight]])
     }
     const button = (text, onclick) => Object.assign(document.createElement("button"), { textContent: text, onclick })
     const finish = button(done, () => {
@@ -79,16 +90,23 @@ function pick(node, picture) {
         app.graph.setDirtyCanvas(true, true)
         dialog.close()
     })
-    const empty = button(clear, () => {
-        points = []
-        show()
-    })
+    const empty = button(clear, () => show([]))
     for (const each of [finish, empty]) each.style.cssText = "margin-right: 8px; padding: 4px 16px"
-    dialog.append(help, place, finish, empty)
-    dialog.onclose = () => dialog.remove() // Escape closes it and changes nothing
+    dialog.append(help, place, field, finish, empty)
+    dialog.onkeydown = (event) => {
+        event.stopPropagation()
+        if (event.key === "Escape") dialog.close() // and changes nothing
+        if (event.key !== "z" || !(event.ctrlKey || event.metaKey)) return
+        event.preventDefault()
+        if (past.length) {
+            points = undefined
+            show(past.pop())
+        }
+    }
+    dialog.onclose = () => dialog.remove()
     document.body.append(dialog)
-    show()
     dialog.showModal()
+    show(parse(widget.value))
 }
 
 app.registerExtension({

@@ -54,6 +54,31 @@ def test_clicks_become_points(inspected):
     assert (x, y) == (pytest.approx(0.5, abs=0.01), pytest.approx(0.1, abs=0.01))
 
 
+def test_keys_are_the_pickers(inspected):
+    """Undo takes points back and changes no graph behind it; Escape closes it and changes nothing."""
+    points, before = inspected.widget(NODE, "points"), inspected.widget(NODE, "points").input_value()
+    inspected.page.evaluate("id => { window.app.graph.getNodeById(id).mine = true }", NODE)
+    inspected.set(NODE, "points", "0.1,0.2")
+    dialog = pick(inspected)
+    expect(dialog.locator("img")).to_be_visible()
+    dialog.locator("img").click(position={"x": 20, "y": 20})
+    inspected.page.keyboard.press("Control+z")
+    dialog.locator("img").click(position={"x": 40, "y": 40})
+    dialog.locator("div button").last.click()
+    inspected.page.keyboard.press("Control+z")
+    inspected.settle()
+    assert inspected.page.evaluate("id => window.app.graph.getNodeById(id).mine", NODE)
+    inspected.page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    assert points.input_value() == "0.1,0.2" != before
+    pick(inspected).locator("img").click(position={"x": 20, "y": 20})
+    inspected.page.keyboard.press("Control+z")
+    dialog.get_by_text("Done").click()
+    assert points.input_value() == "0.1,0.2"
+    inspected.page.keyboard.press("Control+z")  # which is the graph's again
+    inspected.page.wait_for_function("id => !window.app.graph.getNodeById(id).mine", arg=NODE)
+
+
 def test_points_can_be_picked_after_the_graph_was_made_anew(inspected):
     """As undo and a change of the tab do."""
     inspected.page.evaluate("() => window.app.loadGraphData(window.app.graph.serialize(), false)")
