@@ -63,7 +63,8 @@ def main() -> None:
             prompt = to_prompt(read_graph(path), client.object_info())
             own = any(node["class_type"] == STUDIO for node in prompt.values())
             say(f"Running {path.name}")
-            caption = "" if own else "drawn by the pack's small model"
+            drawn = any("KSampler" in node["class_type"] for node in prompt.values())
+            caption = "drawn by the pack's small model" if drawn and not own else ""
             if any(node["class_type"] in BYPASSED for node in prompt.values()):
                 caption += ", without LoRA or ControlNet"
             if not own:

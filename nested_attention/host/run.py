@@ -94,10 +94,17 @@ class Personalization:
 
     def write_places(self, guider: Any, found: Found, subjects: list[AppliedSubject], noise: Tensor) -> bool:
         """Write subjects' places beside every conditioning entry; whether any entry holds one."""
-        placements = [p for rows in found.values() for entry in rows for row in entry for p in row]
-        present = {p.placeholder for p in placements}
+        by_kind = {kind: {p.placeholder for e in rows for row in e for p in row} for kind, rows in found.items()}
+        present = set().union(*by_kind.values())
+        avoided = present.difference(*(names for kind, names in by_kind.items() if kind != "negative"))
         for subject in subjects:
-            if subject.placeholder in present:
+            if subject.placeholder in avoided:
+                show(
+                    f"{subject.placeholder} stands in the negative prompt alone, so the picture is kept away from its "
+                    "subject.",
+                    subject.node_id,
+                )
+            elif subject.placeholder in present:
                 # Also takes the place of a warning of an earlier run.
                 show(f"{subject.placeholder} stands in the prompt.", subject.node_id)
             else:

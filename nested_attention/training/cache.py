@@ -56,7 +56,7 @@ class Cache:
         try:
             write_tensors(path, tensors, {CONTENT: content_key(tensors)}, shared=True)
         except OSError as error:
-            self.troubles.report(f"The cache: {error}.")
+            self.troubles.report(f"{error}.")
         return tensors
 
 

@@ -36,6 +36,16 @@ def test_a_chain_that_was_wired_wrongly(applied, couple, base_model, other, capl
     assert "does not have" not in caplog.text
 
 
+def test_a_subject_in_the_negative_prompt_alone(applied, monkeypatch):
+    said = []
+    monkeypatch.setattr(run, "show", lambda text, node_id: said.append(text))
+    model, clip = applied
+    for texts, alone in ((("a park", PROMPT), True), ((PROMPT, PROMPT), False), ((PROMPT, "bad"), False)):
+        said.clear()
+        sample(model, *(encode(clip, text) for text in texts))
+        assert ("in the negative prompt alone" in said[0]) is alone and "<person> stands in the" in said[0]
+
+
 def test_a_second_pass_beyond_a_subjects_steps(base_model, base_clip, person, monkeypatch):
     said = []
     monkeypatch.setattr(run, "show", lambda text, node_id: said.append(text))
