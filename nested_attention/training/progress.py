@@ -26,7 +26,7 @@ class Progress:
         self.lines = [line for line in read_losses(folder / "loss.jsonl") if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomically(folder / "loss.jsonl", lambda file: file.write(text.encode()))
-        self.board = tensorboard(folder)
+        self.board = tensorboard(folder, step)
 
     def add(self, step: int, **values: float) -> None:
         """Record values of a step. Raises OSError where they cannot be written."""
@@ -67,12 +67,13 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def tensorboard(folder: Path) -> Any:
+def tensorboard(folder: Path, step: int) -> Any:
+    """A writer that puts what comes after this step in the place of what was there, or None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,3 +310,26 @@ def test_losses_are_those_of_each_target():
         torch.testing.assert_close(plain, error.mean().to(plain), rtol=1e-3, atol=1e-4, msg=name)
     capped = loss_weight(sigma, snr_of(torch.ones_like(sigma), sigma), 5.0)
     torch.testing.assert_close(capped * sigma**2, (sigma**-2).clamp_max(5) / sigma**-2)  # min(snr, 5) / snr on epsilon
+
+
+def test_losses_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    """From a checkpoint on, in place of what came after it."""
+    boards = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            boards.append({"folder": folder, "from": purge_step, "losses": []})
+
+        def add_scalar(self, name, value, step):
+            if name == "loss":
+                boards[-1]["losses"].append((step, value))
+
+        def close(self):
+            boards[-1]["closed"] = True
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    for steps in (3, 5):
+        assert make_trainer(settings(tmp_path, steps=steps)).run()
+    assert [board["from"] for board in boards] == [1, 4] and all(board["closed"] for board in boards)
+    assert boards[0]["losses"] + boards[1]["losses"] == losses(tmp_path) and len(losses(tmp_path)) == 5
+    assert {board["folder"] for board in boards} == {str(tmp_path / "tensorboard")}
