@@ -6,7 +6,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, BinaryIO
 
 import torch
@@ -72,7 +74,7 @@ def write_tensors(
     try:
         # By a name: for an open file it would be made in memory first.
         place(Path(path), lambda partial: save_file(content, str(partial), dict(metadata)), shared)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
@@ -92,15 +94,20 @@ def place(path: Path, fill: Callable[[Path], Any], shared: bool = False) -> None
     shared   another process may write the same file at the same time
     """
     # A folder, for what fills it may make further files there, and leave them when it is killed.
-    folder = path.with_name(f"{path.name}.{os.getpid()}.unfinished" if shared else f"{path.name}.unfinished")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shared:
+        folder = Path(mkdtemp(".unfinished", f"{path.name}.", path.parent))
+    else:
+        folder = path.with_name(f"{path.name}.unfinished")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     try:
         partial = folder / "partial"
         partial.touch()
         mode = partial.stat().st_mode
         fill(partial)
-        partial.chmod(mode)  # safetensors puts a file in its place that only its owner can read
+        with suppress(OSError):  # of a file system that knows none
+            partial.chmod(mode)  # safetensors puts a file in its place that only its owner can read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         replace_file(partial, path)

@@ -60,9 +60,10 @@ def new_file(folder: str, prefix: str) -> tuple[str, str]:
     Raises ValueError for an empty name, for one that leads elsewhere, and for one that is none on Windows.
     """
     check_file_name(prefix)
-    if os.path.isabs(prefix.strip()) or os.path.normpath(prefix.strip().replace("\\", "/")).startswith(".."):
+    name = os.path.normpath(prefix.strip().replace("\\", "/")).replace("\\", "/")
+    if name[0] == "/" or name.split("/")[0] == "..":
         raise ValueError(f"'{prefix}' leads out of models/{folder}: write a name such as anna or friends/anna.")
-    if not prefix.strip(" ./\\"):
+    if not name.strip(" ."):
         raise ValueError("The file has no name: write one at filename_prefix, such as anna or friends/anna.")
     root = folder_paths.get_folder_paths(folder)[0]
     os.makedirs(root, exist_ok=True)

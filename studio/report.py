@@ -107,7 +107,7 @@ def lines(rows: list[list[str]], columns: Sequence[str]) -> str:
 
 
 def cells(scores: Scores, columns: Mapping[str, str]) -> list[str]:
-    """Whether somebody was found is yes or no, but in the mean of two trainings or of two people."""
+    """Whether somebody was found is yes or no, but for means of two trainings or two people."""
     shares = {k: k == "retrieved" and {*scores[k]} <= {0, 1} for k in columns}
     return ["{:.1%} ({:.1%} to {:.1%})".format(*interval(scores[k], share)) for k, share in shares.items()]
 
@@ -236,8 +236,8 @@ the scores behind it lie in `studio/results/`.
   caption that tells all; the same one for each number of tokens. The word's values are larger, and learn faster, in
   heads that give it less than 15 % of their attention (`value_share`), with nested attention and the single token;
   decoupled attention passes through no word.
-- In brackets the 95 % interval of the mean (bootstrap over the cases; Wilson's for who was found by one training and
-  alone). Differences are taken case by case: the same person, prompt and noise.
+- In brackets the 95 % interval of the mean (bootstrap over the cases; Wilson's where each was found or not).
+  Differences are taken case by case: the same person, prompt and noise.
 
 ## One person, against other ways
 

@@ -95,6 +95,7 @@ function pick(node, picture) {
     dialog.append(help, place, field, finish, empty)
     dialog.onkeydown = (event) => {
         event.stopPropagation()
+        if (event.ctrlKey || event.metaKey) field.focus() // before the other key of a pair comes
         if (event.key === "Escape") dialog.close() // and changes nothing
         if (event.key !== "z" || !(event.ctrlKey || event.metaKey)) return
         event.preventDefault()

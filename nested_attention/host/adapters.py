@@ -88,19 +88,30 @@ def read_weights(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (MemoryError, PermissionError):  # which say what it is
         raise
     except Exception as error:  # each format has errors of its own, and none names the file
-        pickled, said = isinstance(error, pickle.UnpicklingError), str(error)
-        if pickled and ("global" in said.lower() or "blocked" in said):
+        if holds_objects(error):
             raise AdapterFileError(
                 f"{Path(path).name} holds Python objects beside its weights, which could run code and are not loaded. "
                 "Ask its author for the weights alone, best as .safetensors."
             ) from error
-        # What PyTorch says of pickles is how to load them all the same.
-        said = "no tensors were found in it" if pickled else said or type(error).__name__
-        reason = said.splitlines()[0].rstrip(".")
         raise AdapterFileError(
-            f"{Path(path).name} cannot be read: {reason}. It is damaged, not completely downloaded, or no weights at "
-            "all (a web page saved under its name, say). Download it again."
+            f"{Path(path).name} cannot be read: {reason_of(error)}. It is damaged, not completely downloaded, or no "
+            "weights at all (a web page saved under its name, say). Download it again."
         ) from error
+
+
+def holds_objects(error: Exception) -> bool:
+    """Whether PyTorch refused a file for Python objects in it."""
+    said = str(error)
+    return isinstance(error, pickle.UnpicklingError) and ("global" in said.lower() or "blocked" in said)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read. What PyTorch says of pickles is how to load them all the same, so not that."""
+    if holds_objects(error):
+        return "it holds Python objects, which could run code"
+    if isinstance(error, pickle.UnpicklingError):
+        return "no tensors were found in it"
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def bind(subject: Subject, adapter: LoadedAdapter) -> BoundSubject:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import Any
 
 import comfy.clip_vision
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapter import AdapterConfig, NestedAdapter, fingerprint
 from ..training.config import TrainingConfig, TrainingError
+from .adapters import reason_of
 from .layers import Site, cross_attention_sites
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,12 +89,9 @@ def reading(setting: str, path: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each format has errors of its own, and none names the file
-        # What PyTorch says of pickles is how to load them all the same.
-        said = "no tensors were found in it" if isinstance(error, UnpicklingError) else str(error)
-        reason = (said.splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TrainingError(
-            f"{setting} = {path} cannot be read: {reason}. It is not there, damaged, not completely downloaded, or "
-            "something else than this setting is for."
+            f"{setting} = {path} cannot be read: {reason_of(error)}. It is not there, damaged, not completely "
+            "downloaded, or something else than this setting is for."
         ) from error
 
 

@@ -100,7 +100,7 @@ class Personalization:
         for subject in subjects:
             if subject.placeholder in avoided:
                 show(
-                    f"{subject.placeholder} stands in the negative prompt alone, so the picture is kept away from its "
+                    f"{subject.placeholder} stands in the negative prompt alone, so the picture does not show its "
                     "subject.",
                     subject.node_id,
                 )

@@ -69,7 +69,11 @@ def train(
         reader = Reader(entries, config, troubles, rank_and_size()[1], left_out=left_out)
         if config.value_share:
             loss.enlarge_values([reader(row) for row in reader.plan.rows(0)[: config.batch]])
-        validate = make_validation(config, loss, entries, kept_apart, troubles) if rank_and_size()[0] == 0 else None
+        validate = None
+        if rank_and_size()[0] == 0:
+            held = list(fixed_samples(kept_apart, config, troubles))
+            reader.left_out += len(kept_apart) - len(held)
+            validate = make_validation(config, loss, entries, held, troubles)
         told = {"validate": validate, "watch": lambda step, line: watch(step, line, validate and validate.picture)}
         # What patches the weights, such as a LoRA, may be in them by now or not.
         known = "" if base.model.patches else fingerprint(unet.state_dict())
@@ -149,11 +153,10 @@ def make_validation(
     config: TrainingConfig,
     objective: DiffusionObjective,
     entries: list[Entry],
-    kept_apart: list[Entry],
+    samples: list[Sample],
     troubles: Troubles,
 ) -> Validation | None:
-    """Losses of the entries kept apart, and pictures of the first one, or of the first entry where there are none."""
-    samples = list(fixed_samples(kept_apart, config, troubles))
+    """Losses of samples kept apart, and pictures of the first one, or of the first entry where there are none."""
     others = fixed_samples(entries, config, troubles) if config.validation_prompts else iter(())
     shown = samples[0] if samples else next(others, None)
     return Validation(config, objective, samples, shown) if shown else None

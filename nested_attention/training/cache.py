@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -43,7 +44,9 @@ class Cache:
     def read(self, path: Path) -> Tensors | None:
         try:
             tensors, told = read_tensors(path)
-            if told.get(CONTENT) != content_key(tensors):
+            if CONTENT not in told:  # of an earlier version
+                return None
+            if told[CONTENT] != content_key(tensors):
                 raise OSError("it holds other numbers than were written")
             return tensors
         except FileNotFoundError:
@@ -69,7 +72,7 @@ def cache_key(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             part = (part.dtype, tuple(part.shape))
         digest.update(f"{part!r}\n".encode())
     return digest.hexdigest()

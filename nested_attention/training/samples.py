@@ -95,7 +95,7 @@ class Reader:
     """Rows to samples. An entry that turns out to be broken is replaced by the next, of its bucket if there is one.
 
     broken     entries that turned out to be
-    left_out   how many were known to be before
+    left_out   how many more there are: left out of the data, or of those that are only validated on
     """
 
     entries: list[Entry]

@@ -258,7 +258,7 @@ class Trainer:
             "settings": self.config.record(),
             "processes": self.processes,
             "entries": self.reader.fingerprint,
-            "skipped": sorted(self.skipped),
+            "skipped": sorted(self.skipped | self.reader.broken),
             "base": self.base,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),

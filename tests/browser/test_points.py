@@ -66,6 +66,10 @@ def test_keys_are_the_pickers(inspected):
     dialog.locator("img").click(position={"x": 40, "y": 40})
     dialog.locator("div button").last.click()
     inspected.page.keyboard.press("Control+z")
+    dialog.get_by_text("Click to add").click()  # what is no field takes the focus
+    inspected.page.keyboard.press("Control+z")
+    inspected.page.keyboard.press("Tab")
+    inspected.page.keyboard.press("Control+z")
     inspected.settle()
     assert inspected.page.evaluate("id => window.app.graph.getNodeById(id).mine", NODE)
     inspected.page.keyboard.press("Escape")

@@ -358,6 +358,9 @@ def test_save_and_load(pack, adapter):
     for empty in ("", " ", "./"):
         with pytest.raises(ValueError, match="The file has no name"):
             save.execute(subject=subject, filename_prefix=empty)
+    for empty in ("friends/..", ". "):
+        with pytest.raises(ValueError, match="The file has no name"):
+            save.execute(subject=subject, filename_prefix=empty)
     for outside in ("../anna", "friends/../../anna", "/anna", "..\\anna"):
         with pytest.raises(ValueError, match="leads out of models/nested_attention_subjects"):
             save.execute(subject=subject, filename_prefix=outside)

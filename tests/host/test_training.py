@@ -351,6 +351,12 @@ def test_what_was_skipped_is_told_after_an_interruption(base, folder, tmp_path, 
         assert train(settings(folder, output=str(tmp_path / "out"), steps=steps, **data), base)
         told = json.loads(read_tensors(tmp_path / "out" / "adapter.safetensors")[1]["training"])
         assert (told["steps"], told["entries"], told["skipped"]) == (steps, 3, 2)
+    for i in range(3):  # each of them may be the one that is held out
+        (tmp_path / f"{i}.png").write_bytes(picture[: len(picture) // 2] if i != 1 else picture)
+    held = {**data, "holdout": 1, "seed": 1, "batch": 1}
+    assert train(settings(folder, output=str(tmp_path / "held"), steps=3, **held), base)
+    told = json.loads(read_tensors(tmp_path / "held" / "adapter.safetensors")[1]["training"])
+    assert (told["entries"], told["skipped"]) == (2, 3)
 
 
 def test_a_fresh_adapter_at_strength_zero_is_the_host(base, folder, tmp_path):

@@ -119,6 +119,15 @@ def test_files_are_taken_only_for_what_they_were_made_of(base, folder):
     assert sizes == [2, 3, 4, 5, 7, 9]  # another encoder's are other files, of text and latents both
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
+def test_all_that_an_encoder_may_give(tmp_path, caplog, dtype):
+    made = {"x": torch.ones(2, 3).to(dtype), "one": torch.ones(()).to(dtype), "none": torch.ones(0, 4).to(dtype)}
+    for _ in range(2):
+        found = Cache("disk", tmp_path, Troubles("stop")).get("ab", lambda: made)
+        assert found.keys() == made.keys() and all(torch.equal(found[k].float(), made[k].float()) for k in made)
+    assert not caplog.records
+
+
 def test_numbers_that_changed_on_the_disk_are_made_again(tmp_path, caplog):
     """The file is whole, and reads as well as before."""
     made = {"x": torch.ones(4), "y": torch.zeros(2)}
@@ -132,10 +141,10 @@ def test_numbers_that_changed_on_the_disk_are_made_again(tmp_path, caplog):
 
 
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
-    def full(path, *_, **__):
-        raise OSError(f"{path} could not be written: No space left on device")
+    def full(*_):
+        raise OSError("No space left on device")
 
-    monkeypatch.setattr("nested_attention.training.cache.write_tensors", full)
+    monkeypatch.setattr("nested_attention.files.os.fsync", full)
     made = {"x": torch.ones(1)}
     cache = Cache("disk", tmp_path, Troubles("skip"))
     assert cache.get("ab", lambda: made) is made and cache.troubles.count == 1
