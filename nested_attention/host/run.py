@@ -84,16 +84,17 @@ class Personalization:
         found = {kind: [entry_placements(entry, ledger) for entry in entries] for kind, entries in guider.conds.items()}
         for kind, entries in guider.conds.items():
             guider.conds[kind] = [with_bare_text(entry, ledger) for entry in entries]
-        if subjects and self.write_places(guider, found, subjects, noise):
+        if subjects and (placed := self.write_places(guider, found, subjects, noise)):
             run = Run(guider.model_patcher, subjects, recording_of(guider.model_patcher))
             run.install(guider.model_options)
-            run.tell_idle(args[3] if len(args) > 3 else kwargs["sigmas"])  # the host's outer_sample has them fourth
+            sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]  # the host's outer_sample has them fourth
+            run.tell_idle(sigmas, placed)
             with run.uncompiled():
                 return executor(*args, **kwargs)
         return executor(*args, **kwargs)
 
-    def write_places(self, guider: Any, found: Found, subjects: list[AppliedSubject], noise: Tensor) -> bool:
-        """Write subjects' places beside every conditioning entry; whether any entry holds one."""
+    def write_places(self, guider: Any, found: Found, subjects: list[AppliedSubject], noise: Tensor) -> set[str]:
+        """Write subjects' places beside every conditioning entry. Returns the placeholders that any entry holds."""
         by_kind = {kind: {p.placeholder for e in rows for row in e for p in row} for kind, rows in found.items()}
         present = set().union(*by_kind.values())
         avoided = present.difference(*(names for kind, names in by_kind.items() if kind != "negative"))
@@ -122,15 +123,15 @@ class Personalization:
                 self.subjects[-1].node_id,
             )
         numbers = {subject.placeholder: i for i, subject in enumerate(subjects)}
-        if not present & numbers.keys():
-            return False
+        if not (placed := present & numbers.keys()):
+            return placed
         regions = region_masks(subjects, noise)
         for kind, entries in guider.conds.items():
             guider.conds[kind] = [
                 with_places(entry, place_tensor(entry, rows, numbers), regions)
                 for entry, rows in zip(entries, found[kind], strict=True)
             ]
-        return True
+        return placed
 
 
 def region_masks(subjects: list[AppliedSubject], noise: Tensor) -> Tensor | None:
@@ -292,10 +293,10 @@ class Run:
         sigma = float(options["sigmas"].max())
         return [i for i, (start, end) in enumerate(self.sigmas) if end <= sigma <= start]
 
-    def tell_idle(self, sigmas: Tensor) -> None:
-        """Say whose range of steps holds none of a sampler's."""
+    def tell_idle(self, sigmas: Tensor, placed: set[str]) -> None:
+        """Say whose range of steps, of those in the prompt, holds none of a sampler's."""
         for subject, (start, end) in zip(self.subjects, self.sigmas, strict=True):
-            if not ((sigmas[:-1] >= end) & (sigmas[:-1] <= start)).any():
+            if subject.placeholder in placed and not ((sigmas[:-1] >= end) & (sigmas[:-1] <= start)).any():
                 show(
                     f"None of this sampler's steps lies within {subject.placeholder}'s, which are from "
                     f"{subject.start_percent:g} to {subject.end_percent:g} of the whole sampling: it draws the plain "
