@@ -38,8 +38,8 @@ function pick(node, picture) {
         return
     }
     const widget = node.widgets.find((widget) => widget.name === "points")
-    let points
-    const past = []
+    const states = [] // the points after each change, for undo
+    const points = () => states.at(-1)
 
     const dialog = document.createElement("dialog")
     dialog.className = "nested-attention-points"
@@ -53,19 +53,25 @@ function pick(node, picture) {
 
     const field = document.createElement("input")
     field.style.cssText = "width: 100%; box-sizing: border-box; margin-bottom: 8px"
-    field.oninput = () => mark(parse(field.value))
+    field.oninput = () => {
+        states.push(parse(field.value))
+        mark()
+    }
 
-    const show = (changed) => {
-        mark(changed)
-        field.value = format(points)
+    function change(changed) {
+        states.push(changed)
+        show()
+    }
+
+    function show() {
+        mark()
+        field.value = format(points())
         field.focus() // While a text field has it, the front end's undo leaves the graph alone.
     }
 
-    function mark(changed) {
-        if (points) past.push(points)
-        points = changed
+    function mark() {
         place.querySelectorAll("button").forEach((number) => number.remove())
-        points.forEach(([x, y], i) => {
+        points().forEach(([x, y], i) => {
             const number = document.createElement("button")
             number.textContent = i + 1
             number.style.cssText =
@@ -74,23 +80,23 @@ function pick(node, picture) {
                 `left: ${100 * x}%; top: ${100 * y}%`
             number.onclick = (event) => {
                 event.stopPropagation()
-                show(points.toSpliced(i, 1))
+                change(points().toSpliced(i, 1))
             }
             place.append(number)
         })
     }
 
     image.onclick = (event) => {
-        show([...points, [event.offsetX / image.clientWidth, event.offsetY / image.clientHeight]])
+        change([...points(), [event.offsetX / image.clientWidth, event.offsetY / image.clientHeight]])
     }
     const button = (text, onclick) => Object.assign(document.createElement("button"), { textContent: text, onclick })
     const finish = button(done, () => {
-        widget.value = format(points)
+        widget.value = format(points())
         widget.callback?.(widget.value)
         app.graph.setDirtyCanvas(true, true)
         dialog.close()
     })
-    const empty = button(clear, () => show([]))
+    const empty = button(clear, () => change([]))
     for (const each of [finish, empty]) each.style.cssText = "margin-right: 8px; padding: 4px 16px"
     dialog.append(help, place, field, finish, empty)
     dialog.onkeydown = (event) => {
@@ -99,15 +105,13 @@ function pick(node, picture) {
         if (event.key === "Escape") dialog.close() // and changes nothing
         if (event.key !== "z" || !(event.ctrlKey || event.metaKey)) return
         event.preventDefault()
-        if (past.length) {
-            points = undefined
-            show(past.pop())
-        }
+        if (states.length > 1) states.pop()
+        show()
     }
     dialog.onclose = () => dialog.remove()
     document.body.append(dialog)
     dialog.showModal()
-    show(parse(widget.value))
+    change(parse(widget.value))
 }
 
 app.registerExtension({

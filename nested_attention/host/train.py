@@ -115,12 +115,13 @@ def write_average(trainer: Trainer) -> Path:
 
 
 def make_adapter(config: TrainingConfig, base: Base, start: NestedAdapter | None = None) -> NestedAdapter:
-    """A fresh adapter or the one to start from, in fp32 on the base model's device."""
+    """A fresh adapter or the one to start from, for the settings' class word; in fp32 on the base model's device."""
     if start is not None or config.start_from:
         with reading("start_from", config.start_from):
             adapter = read_adapter(config.start_from) if start is None else copy.deepcopy(start)
         sites = cross_attention_sites(base.model.model.diffusion_model)
         check_fit(adapter.config, sites, Path(config.start_from).name)
+        adapter.config = replace(adapter.config, class_word=config.class_word)
     else:
         adapter = fresh_adapter(config, base)
     adapter = adapter.to(base.model.load_device, torch.float32).requires_grad_(True).train()
@@ -136,7 +137,6 @@ def with_shape_of(adapter: NestedAdapter, config: TrainingConfig) -> TrainingCon
     if asked:
         other = "; ".join(f"{name} {own[name]}, not {value}" for name, value in asked.items())
         log.warning("The adapter to start from keeps its own shape: %s.", other)
-    adapter.config = replace(adapter.config, class_word=config.class_word)
     return replace(config, **own)
 
 

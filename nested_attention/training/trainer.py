@@ -230,6 +230,7 @@ class Trainer:
         self.watch(self.step, progress.line({"step": self.step, **values}))
 
     def gather_skipped(self) -> None:
+        """Of all processes, each of which comes upon others; all have to call it."""
         found = [self.reader.broken] * self.processes
         if self.processes > 1:
             dist.all_gather_object(found, self.reader.broken)
