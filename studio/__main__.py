@@ -16,10 +16,10 @@ from nested_attention.training.processes import joined
 
 HERE = Path(__file__).parent
 STEPS = {
-    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 800, "judge": 4000,
+    "vision": 3500, "text": 2000, "base": 6000, "start": 3000, "adapter": 300, "judge": 8000,
 }  # fmt: skip
 SEEDS = (0, 1)
-PART = 0.125  # of the steps, for the ablations
+PART = 1 / 3  # of the steps, for the ablations
 CHANGES = {
     "as it ships": {},
     "values start as the text's": {"value_share": 0.0},
@@ -44,7 +44,7 @@ def main() -> None:
         "--batch", type=counted, action="append", default=[], metavar="[PART=]N",
         help="samples of a step of vision, text, base or judge, or of all of them, likewise",
     )  # fmt: skip
-    parser.add_argument("--cases", type=int, default=100, help="subjects of each table of the evidence, 152 at most")
+    parser.add_argument("--cases", type=int, default=100, help="subjects of each table of the evidence, 112 at most")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; all by default")
     given = parser.parse_args()
     given.steps, given.batch = dict(given.steps), dict(given.batch)

@@ -41,15 +41,19 @@ class Heads(nn.ModuleDict):
         self.update({f"{k} {key}": nn.Linear(width, len(self.options[k][key])) for k, key in self.names})
 
     def targets(self, truths: Sequence[Truth]) -> Tensor:
-        """Numbers of the values of all attributes [truths, heads]; ABSENT of kinds that a truth does not hold."""
-        return torch.tensor(
-            [[self.options[k][key].index(t[k][key]) if k in t else ABSENT for k, key in self.names] for t in truths]
-        )
+        """Numbers of the values of all attributes [truths, heads]; ABSENT of those that a truth does not hold."""
+
+        def number(truth: Truth, kind: str, key: str) -> int:
+            value = truth.get(kind, {}).get(key)
+            return ABSENT if value is None else self.options[kind][key].index(value)
+
+        return torch.tensor([[number(truth, *name) for name in self.names] for truth in truths])
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, averaged over the heads; states [truths, width]."""
+        """Cross-entropy, averaged over the heads; states [truths, width]. None of a head of which nothing is known."""
         pairs = zip(self.named(states), targets.T, strict=True)
-        return torch.stack([F.cross_entropy(seen, target, ignore_index=ABSENT) for seen, target in pairs]).mean()
+        sums = [F.cross_entropy(seen, target, ignore_index=ABSENT, reduction="sum") for seen, target in pairs]
+        return (torch.stack(sums) / (targets != ABSENT).sum(0).clamp(min=1)).mean()
 
     def named(self, states: Tensor) -> list[Tensor]:
         return [head(states) for head in self.children()]

@@ -41,7 +41,7 @@ STRENGTHS = (0.5, 1.0, 1.5, 2.0)
 WITHOUT_STRENGTH = ("none", "told", "ceiling")
 MAIN = ("identity", "retrieved", "prompt")
 CANDIDATES = 50
-DRAWN_BEFORE = 48  # of those held out, the first were looked at while the model was made
+DRAWN_BEFORE = 88  # of those held out, the first were measured on while the model was made
 AROUND, MARGIN = 44, 6  # pixels: side of what is around one of two people, and how far it may leave the picture
 ATTRIBUTES = {"people": people, "animals": animals}
 PLACEHOLDERS = {"people": "<person>", "animals": "<pet>"}
@@ -60,11 +60,11 @@ class Case:
 
 
 def cases(world: World, count: int, kinds: Sequence[str] = ("people",), photos: int = 1) -> list[Case]:
-    """Nobody twice, and nobody who was drawn while the model was made; with more photos, the same cases otherwise.
+    """Nobody twice, and nobody by whom anything about the model was chosen; with more photos, the same cases otherwise.
 
     Raises ValueError where there are not so many.
     """
-    untouched = {kind: world.casts[kind].held_out()[DRAWN_BEFORE:] for kind in kinds}
+    untouched = {kind: world.casts[kind].held_out[DRAWN_BEFORE:] for kind in kinds}
     if count > min(map(len, untouched.values())):
         raise ValueError(f"{count} cases, but only {min(map(len, untouched.values()))} who were not drawn before.")
     found = []
@@ -229,7 +229,7 @@ def shown(kind: str, case: Case) -> list[str]:
 def retrieved(world: World, judge: Judge, kind: str, seen: dict[str, Tensor], case: Case) -> bool:
     """Whether none of the 49 others held out who are most alike fits better to what the judge sees."""
     members, number, keys = world.casts[kind].identities, case.numbers[kind], shown(kind, case)
-    others = [n for n in world.casts[kind].held_out() if n != number]
+    others = [n for n in world.casts[kind].held_out if n != number]
     others.sort(key=lambda n: sum(members[n][key] != members[number][key] for key in keys))
     values = judge.heads.options[kind]
     fits = [

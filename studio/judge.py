@@ -13,7 +13,7 @@ from .attributes import Heads, truth
 from .loop import Batch, Plan, half, share, train
 from .scenes import World, as_pixels, stacked
 
-BATCH = 48
+BATCH = 96
 WIDTHS = (32, 64, 128, 192)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -24,7 +26,7 @@ HERE = Path(__file__).parent
 SIDE = 128  # of what is rendered
 VIEWS = 4
 IDENTITIES = {"people": 3200, "animals": 1800}
-HELD_OUT = 200  # the last identities of each kind are never trained on
+HELD_OUT = 200  # so many identities of each kind are never trained on: those photographed, and others by chance
 PLACES = 60  # variants of each
 PHOTOGRAPHED = {
     "people": {"studio_person": 3002, "studio_person_2": 3021},
@@ -34,18 +36,20 @@ PHOTOGRAPHED = {
 
 @dataclass(frozen=True)
 class Cast:
-    """Identities of one kind, each in several views; pixels [identity, view, SIDE, SIDE, 4]."""
+    """Identities of one kind, each in several views; pixels [identity, view, SIDE, SIDE, 4].
+
+    held_out   the numbers of those who are never trained on
+    """
 
     module: ModuleType
     identities: list[dict[str, str]]
     views: list[list[dict[str, str]]]
     pixels: np.ndarray
+    held_out: Sequence[int]
 
-    def trained(self) -> range:
-        return range(len(self.identities) - HELD_OUT)
-
-    def held_out(self) -> range:
-        return range(len(self.identities) - HELD_OUT, len(self.identities))
+    @cached_property
+    def trained(self) -> list[int]:
+        return sorted({*range(len(self.identities))} - {*self.held_out})
 
 
 def render(jobs: list[dict[str, Any]], path: Path, side: int = SIDE) -> np.ndarray:
@@ -70,7 +74,14 @@ def cast(kind: str, work: Path) -> Cast:
     views = [[module.draw_view(rng) for _ in range(VIEWS)] for _ in identities]
     jobs = [module.job(identity, view) for identity, row in zip(identities, views, strict=True) for view in row]
     pixels = render(jobs, work / f"{kind}.rgba").reshape(count, VIEWS, SIDE, SIDE, 4)
-    return Cast(module, identities, views, pixels)
+    return Cast(module, identities, views, pixels, held_out(kind))
+
+
+def held_out(kind: str) -> list[int]:
+    """Those photographed first. Chance alone picks the others: the later ones were drawn, the rarer they are."""
+    photographed = [*PHOTOGRAPHED[kind].values()]
+    others = [number for number in range(IDENTITIES[kind]) if number not in photographed]
+    return photographed + Random(f"held out {kind}").sample(others, HELD_OUT - len(photographed))
 
 
 def backgrounds(work: Path) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ class World:
         return tuple(self.figure(kind, i, kinds, rng) for i, kind in enumerate(kinds))
 
     def figure(self, kind: str, position: int, kinds: tuple[str, ...], rng: Random) -> Figure:
-        number = rng.choice(self.casts[kind].trained())
+        number = rng.choice(self.casts[kind].trained)
         box = stand(kinds, position, rng)
         return Figure(kind, number, rng.randrange(VIEWS), box)
 
@@ -127,9 +127,9 @@ def small(picture: np.ndarray) -> np.ndarray:
 
 
 def person_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told: float) -> str:
-    mood = f"{view['expression']} " if rng.random() < 0.8 else ""
+    before, after = mood_phrases(view["expression"], rng)
     clothes = f" wearing a {view['clothes color']} {view['clothes']}" if rng.random() < 0.8 else ""
-    return f"a {mood}{with_noun(people.describe(identity, rng, told), 'person', rng)}{clothes}"
+    return f"a {before}{with_noun(people.describe(identity, rng, told), 'person', rng)}{after}{clothes}"
 
 
 def pet_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told: float) -> str:
@@ -137,9 +137,18 @@ def pet_phrase(identity: dict[str, str], view: dict[str, str], rng: Random, told
     words = animals.describe(identity, rng, told)
     kind = rng.random() < max(told, 0.2)
     noun = identity["kind"] if kind and rng.random() < 0.5 else "pet"
-    mood = f"{view['mood']} " if rng.random() < 0.8 else ""
+    before, after = mood_phrases(view["mood"], rng)
     wears = f" wearing a {view['wear color']} {view['wears']}" if view["wears"] and rng.random() < 0.85 else ""
-    return f"a {mood}{with_noun([*words, identity['kind']] if kind and noun == 'pet' else words, noun, rng)}{wears}"
+    words += [identity["kind"]] if kind and noun == "pet" else []
+    return f"a {before}{with_noun(words, noun, rng)}{after}{wears}"
+
+
+def mood_phrases(mood: str, rng: Random) -> tuple[str, str]:
+    """What is told of a mood before and after the noun.
+
+    Were it always before, the noun's token would come to hold it too, and a subject take it away in its place.
+    """
+    return rng.choice([(f"{mood} ", ""), (f"{mood} ", ""), ("", f" who is {mood}"), ("", f" who is {mood}"), ("", "")])
 
 
 def with_noun(words: list[str], noun: str, rng: Random) -> str:

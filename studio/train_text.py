@@ -29,8 +29,8 @@ TOLD = (0.1, 0.9, 0.9, 0.9)  # how often a caption tells each attribute of someb
 class TextEncoder(nn.Module):
     """CLIP's text model with the embedding of the known words alone, and heads that are thrown away after training.
 
-    A noun's state is to say who somebody is, as far as the words before it tell; the state at a text's end says all of
-    them where they are alone, and the place.
+    A noun's state is to say who somebody is, as far as the words before it tell, and not how they look in this picture:
+    a subject will take its place. The state at a text's end says all of them where they are alone, and the place.
     """
 
     def __init__(self, words: int):
@@ -75,9 +75,10 @@ def tellings(heads: Heads, world: World, words: Words, texts: Sequence[tuple[str
         if not caption:
             continue
         end = len(words(caption)) - 1
-        known = [{figure.kind: world.known(figure)} for figure in figures]
         places += [(row, column) for column in (*noun_columns(caption, figures, world, words), end)]
-        truths += [*known, (known[0] if len(known) == 1 else {}) | {"scene": {"place": place}}]
+        truths += [{figure.kind: world.attributes(figure)[0]} for figure in figures]
+        alone = {figures[0].kind: world.known(figures[0])} if len(figures) == 1 else {}
+        truths.append(alone | {"scene": {"place": place}})
     missing = (MOST + 1) * len(texts) - len(places)
     places, truths = places + [(0, 0)] * missing, truths + [{}] * missing
     return torch.cat((torch.tensor(places), heads.targets(truths)), dim=1)

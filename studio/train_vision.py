@@ -55,7 +55,7 @@ def train_vision(world: World, work: Path, steps: int, size: int = BATCH) -> nn.
     def batch(number: int) -> Batch:
         rng = Random(f"vision {number}")
         kinds = ["people", "animals"] * (share(size) // 2)
-        figures = [Figure(k, rng.choice(world.casts[k].trained()), rng.randrange(VIEWS), near(rng)) for k in kinds]
+        figures = [Figure(k, rng.choice(world.casts[k].trained), rng.randrange(VIEWS), near(rng)) for k in kinds]
         pixels = as_pixels([world.draw(world.place(rng), (figure,), rng) for figure in figures])
         seen = clip_preprocess(rearrange(pixels, "b c h w -> b h w c"), size=VISION["image_size"])
         known = [{figure.kind: world.known(figure)} for figure in figures]

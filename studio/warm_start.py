@@ -42,7 +42,7 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
 
         def batch(number: int) -> Batch:
             chance = torch.Generator().manual_seed(number)
-            return {"rows": torch.randint(len(world.casts[kind].trained()) * VIEWS, (share(BATCH),), generator=chance)}
+            return {"rows": torch.randint(len(world.casts[kind].trained) * VIEWS, (share(BATCH),), generator=chance)}
 
         def losses(batch: Batch) -> dict[str, Tensor]:
             rows = batch["rows"]
@@ -56,14 +56,16 @@ def warm_start(world: World, base: Base, kind: str, config: TrainingConfig, fold
 
 @torch.no_grad()
 def photographed(world: World, base: Base, kind: str, config: AdapterConfig, how: str) -> tuple[Tensor, Tensor]:
-    """All who are trained on, in each view and in front of some wall: image features [photos, N, C], and who it is."""
+    """All who are trained on, in each view and in front of some wall: image features [photos, N, C], and which of
+    them it is.
+    """
     rng, found = Random(f"warm start {kind}"), []
-    portraits = [(number, view) for number in world.casts[kind].trained() for view in range(VIEWS)]
+    portraits = [(number, view) for number in world.casts[kind].trained for view in range(VIEWS)]
     for first in range(0, len(portraits), BATCH):
         photos = [world.portrait(kind, *portrait, rng) for portrait in portraits[first : first + BATCH]]
         pictures = rearrange(as_pixels(photos), "b c h w -> b h w c")
         found.append(features(base.clip_vision, fit(pictures, base.clip_vision.image_size, how), config))
-    return torch.cat(found), torch.tensor([number for number, _ in portraits])
+    return torch.cat(found), torch.arange(len(portraits)) // VIEWS
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def described(world: World, base: Base, kind: str, noun: str, queries: int) -> T
     is the mean of those.
     """
     cast, rows = world.casts[kind], []
-    for number in cast.trained():
+    for number in cast.trained:
         identity = cast.identities[number]
         told = [key for key in cast.module.TOLD if identity[key] not in ("", "plain")]
         phrases = cast.module.describe(identity, Random(0), 1.0)

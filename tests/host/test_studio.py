@@ -38,8 +38,8 @@ def draw(base, strength=1.0, photo="studio_person", prompt=PROMPT):
     latent = torch.zeros(1, 12, 32, 32)
     settings = (10, 3.5, "euler", "simple", positive, negative, latent)
     with torch.inference_mode():
-        noise = comfy.sample.prepare_noise(latent, 1)
-        drawn = base.vae.decode(comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=1))[0]
+        noise = comfy.sample.prepare_noise(latent, 0)
+        drawn = base.vae.decode(comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=0))[0]
     return (drawn * 255).round().numpy()
 
 
@@ -54,13 +54,13 @@ def difference(a, b):
 
 
 def test_the_shipped_weights_draw_the_stored_picture(drawn):
-    """Within what other processors round differently. Without the subject it is at 11.9, with another one at 19.2."""
+    """Within what other processors round differently. Without the subject it is at 18.9, with another one at 22.4."""
     assert difference(drawn, np.array(Image.open(STORED), dtype=float)) < 1.0
 
 
 def test_without_the_subject_it_is_somebody_else(base, drawn):
-    assert difference(drawn, draw(base, strength=0.0)) > 11
-    assert difference(drawn, draw(base, photo="studio_person_2")) > 18
+    assert difference(drawn, draw(base, strength=0.0)) > 17
+    assert difference(drawn, draw(base, photo="studio_person_2")) > 21
 
 
 def test_the_prompt_still_decides(base, drawn):
