@@ -54,12 +54,12 @@ class Painter(nn.Module):
         with half(noisy.device):
             states = self.text(batch["tokens"], batch["text"])
             velocity = self.unet(noisy, sigma * 1000, context=states, transformer_options=watched.options(self.unet))
-        error = ((velocity.float() - (noise - clean)).square() * batch["weights"]).mean()
+        error = ((velocity.float() - (noise - clean)).square() * batch["face_weights"]).mean()
         telling = self.text.telling(states, batch["told"])
         return {"loss": error, "looking": LOOKING * watched.error, "telling": TELLING * telling}
 
 
-def weights(scene: Scene) -> Tensor:
+def face_weights(scene: Scene) -> Tensor:
     """Of the error at each place, [1, 32, 32]: FACES times as large at faces, one on average."""
     found = torch.ones(1, SMALL // PATCH, SMALL // PATCH)
     for figure in scene.figures:
@@ -89,7 +89,7 @@ def train_base(world: World, words: Words, text: TextEncoder, work: Path, steps:
         texts = [(caption, scene.place, scene.figures) for caption, scene in zip(captions, scenes, strict=True)]
         return {
             "pictures": stacked([scene.picture for scene in scenes]),
-            "weights": torch.stack([weights(scene) for scene in scenes]),
+            "face_weights": torch.stack([face_weights(scene) for scene in scenes]),
             "tokens": tokens,
             "text": text,
             "told": tellings(painter.text.heads, world, words, texts),
