@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .config import TrainingConfig, TrainingError, from_arguments
-from .entries import records
+from .entries import no_entry, records
 from .processes import joined
 
 
@@ -29,13 +29,16 @@ def main() -> None:
             finished = train(config, load_base(config), stop=stop_signal())
     except (TrainingError, ValueError, OSError) as error:
         sys.exit(f"Training stopped: {error}")
+    except KeyboardInterrupt:  # later ones are asked for by stop_signal
+        sys.exit("Interrupted before the training began.")
     if not finished:
         sys.exit("Interrupted; checkpoint and adapter hold all steps so far. The same command goes on from there.")
 
 
 def check_paths(config: TrainingConfig) -> None:
     """Raises TrainingError for what would come up only once the base model is loaded."""
-    records(Path(config.data))
+    if next(records(Path(config.data)), None) is None:
+        raise TrainingError(no_entry(config.data))
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -25,10 +25,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Raises ValueError where the file is no checkpoint of this version."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        # What PyTorch says of pickles is how to load them all the same.
-        reason = "it holds something else" if isinstance(error, UnpicklingError) else error
-        raise ValueError(f"{path} cannot be read as a training checkpoint: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # PyTorch has many for a damaged file
+        # What it says of pickles is how to load them all the same.
+        reason = "it holds something else" if isinstance(error, (UnpicklingError, KeyError)) else f"{error}" or "empty"
+        raise ValueError(
+            f"{path} cannot be read as a training checkpoint ({reason}). Delete it, or choose another output, to begin "
+            "anew."
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no training checkpoint of this version. Begin anew in another folder.")
     return state

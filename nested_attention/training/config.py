@@ -162,7 +162,7 @@ class TrainingConfig:
         caption, word = " ".join(caption.split()), self.class_word
         if self.placeholder in caption:
             return caption
-        pattern = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
+        pattern = re.compile(rf"<{re.escape(word)}>|\b{re.escape(word)}\b", re.IGNORECASE)
         caption, found = pattern.subn(lambda _: self.placeholder, caption, count=1)
         if not found:
             raise ValueError(f"the caption '{caption}' holds neither {self.placeholder} nor the word {word}")
@@ -250,7 +250,7 @@ def read_file(path: Path) -> dict[str, Any]:
     text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix != ".toml":
+        if path.suffix.lower() != ".toml":
             settings = json.loads(text)
             if not isinstance(settings, dict):
                 raise ValueError("not an object of settings")
@@ -262,4 +262,5 @@ def read_file(path: Path) -> dict[str, Any]:
         raise TrainingError("TOML files need Python 3.11. Write the settings as JSON instead.") from error
     except (OSError, ValueError) as error:
         advice = " Write paths with /, or in TOML in single quotes: 'C:\\people'." if "\\" in text else ""
+        advice += "" if path.suffix.lower() in (".toml", ".json") else " Expected a .toml or a .json file."
         raise TrainingError(f"The settings in {path} cannot be read: {error}.{advice}") from error

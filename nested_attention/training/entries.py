@@ -16,10 +16,11 @@ from typing import Any
 
 from .config import TrainingConfig, TrainingError
 from .pictures import SUFFIXES, Box, Size, Source, picture_size
-from .shards import expand, shard_records
+from .shards import expand, shard_records, text_of
 from .troubles import BROKEN, Troubles
 
 log = logging.getLogger("nested_attention")
+SUBJECT = ".subject"  # how the name of a crop ends, before its suffix
 
 Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
 
@@ -46,15 +47,17 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
             troubles.report(f"{name}: {error}.")
     if not entries:
         broken = f" ({troubles.count} are broken)" if troubles.count else ""
-        raise TrainingError(
-            f"{path} holds no usable entry{broken}. Pictures are {', '.join(SUFFIXES)}; shards are .tar, uncompressed."
-        )
+        raise TrainingError(no_entry(path, broken))
     return entries
+
+
+def no_entry(path: str | Path, broken: str = "") -> str:
+    return f"{path} holds no usable entry{broken}. Pictures are {', '.join(SUFFIXES)}; shards are .tar, uncompressed."
 
 
 def records(path: Path) -> Records:
     """Raises TrainingError where there is nothing of the kind."""
-    shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix == ".tar" else []
+    shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix.lower() == ".tar" else []
     lines = path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson")
     if not (path.is_dir() or lines or any(shard.exists() for shard in shards)):
         raise TrainingError(
@@ -81,21 +84,35 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def folder_records(folder: Path) -> Records:
-    images = [p for p in files_of(folder, SUFFIXES) if ".subject." not in p.name]
+    pictures = files_of(folder, SUFFIXES)
+    crops = {subject_key(p): p for p in sorted(pictures, key=lambda p: -SUFFIXES.index(p.suffix.lower())) if is_crop(p)}
+    images = [p for p in pictures if not is_crop(p)]
     shown = {p.with_suffix("") for p in images}
-    if lonely := [p.name for p in files_of(folder, (".txt",)) if p.with_suffix("") not in shown]:
-        known = ", ".join(SUFFIXES)
-        log.warning("No picture (%s) stands beside %d .txt files, such as %s.", known, len(lonely), lonely[0])
+    lonely = {".txt files": [p for p in files_of(folder, (".txt",)) if p.with_suffix("") not in shown]}
+    lonely["crops of subjects"] = [crops[key] for key in crops.keys() - set(map(subject_key, images))]
+    for what, files in lonely.items():
+        if files:
+            known = ", ".join(SUFFIXES)
+            log.warning("No picture (%s) stands beside %d %s, such as %s.", known, len(files), what, min(files).name)
     for image in images:
-        crop = next((c for s in SUFFIXES if (c := image.with_name(f"{image.stem}.subject{s}")).exists()), None)
+        crop = crops.get(subject_key(image))
         yield str(image.relative_to(folder)), lambda image=image, crop=crop: folder_record(image, crop)
+
+
+def is_crop(picture: Path) -> bool:
+    return picture.stem.lower().endswith(SUBJECT)
+
+
+def subject_key(picture: Path) -> tuple[Path, str]:
+    """What a picture and the crop of its subject have in common."""
+    return picture.parent, picture.stem.lower().removesuffix(SUBJECT)
 
 
 def folder_record(image: Path, crop: Path | None) -> dict[str, Any]:
     caption = image.with_suffix(".txt")
     if not caption.exists():
         raise ValueError(f"no caption beside it (expected {caption.name})")
-    return {"image": image, "caption": caption.read_text(encoding="utf-8-sig"), "crop": crop}
+    return {"image": image, "caption": text_of(caption.read_bytes(), caption.name), "crop": crop}
 
 
 def line_records(path: Path) -> Records:
@@ -105,14 +122,12 @@ def line_records(path: Path) -> Records:
 
 
 def line_record(line: bytes, folder: Path) -> dict[str, Any]:
-    record = json.loads(line)
+    record = json.loads(text_of(line, "the line"))
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("image", "caption")):
         raise ValueError('expected an object with at least "image" and "caption"')
     if unknown := sorted(record.keys() - {"image", "caption", "box", "crop"}):
         raise ValueError(f"unknown keys {', '.join(unknown)}")
     crop = record.get("crop")
-    if crop and record.get("box"):
-        raise ValueError("the subject is given by a box and by a crop: leave one of them out")
     if not isinstance(crop, (str, type(None))):
         raise ValueError(f"the crop {crop} is no name of a file")
     return {**record, "image": folder / record["image"], "crop": folder / crop if crop else None}
@@ -123,6 +138,8 @@ def make_entry(record: dict[str, Any], config: TrainingConfig) -> Entry:
     caption = config.subject_caption(record["caption"])
     caption.encode()  # half an emoji is no text
     size, crop = picture_size(record["image"]), record["crop"]
+    if crop and record.get("box"):
+        raise ValueError("the subject is given by a box and by a crop: leave one of them out")
     if crop is not None:
         picture_size(crop)
     return Entry(record["image"], caption, size, check_box(record.get("box"), size), crop)

@@ -20,6 +20,7 @@ Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # also under another's suffix; others run programs
+TURNS_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")  # what of a PNG's header may tell an orientation
 MOST_PIXELS, MOST_ASPECT = 100_000_000, 20
 
 
@@ -51,9 +52,12 @@ def picture_size(source: Source) -> Size:
     Raises ValueError where it cannot be read, or would fill the memory.
     """
     with opened(source) as image:
-        known = image.format != "PNG" or "exif" in image.info  # or Pillow reads all of the file to look for it
-        turned = known and image.getexif().get(0x0112, 1) >= 5  # orientations that swap the sides
-        width, height = image.size[::-1] if turned else image.size
+        width, height = image.size
+        if image.format == "TIFF":
+            width, height = image.tag_v2[256], image.tag_v2[257]  # some versions of Pillow have turned its size already
+        known = image.format != "PNG" or any(key in image.info for key in TURNS_PNG)  # or Pillow would read all of it
+        if known and image.getexif().get(0x0112, 1) >= 5:  # orientations that swap the sides
+            width, height = height, width
     if width * height > MOST_PIXELS:
         raise ValueError(f"the picture of {width} x {height} pixels is too large: make it smaller")
     if max(width, height) > MOST_ASPECT * min(width, height):
@@ -63,19 +67,33 @@ def picture_size(source: Source) -> Size:
 
 def read_picture(source: Source) -> Tensor:
     """[1, H, W, 3], or 4 channels where there is transparency."""
+    return pixels_of(read_image(source))
+
+
+def read_image(source: Source) -> Any:
+    """As Pillow's, upright, with three channels of 8 bits, or four where there is transparency."""
     from PIL import ImageOps
 
     with opened(source) as file:
-        return pixels_of(ImageOps.exif_transpose(file))
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits
+            image = image.convert("I").point(lambda value: value * (1 / 257))
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def pixels_of(image: Any) -> Tensor:
-    """A picture of Pillow's as [1, H, W, 3], or 4 channels where there is transparency."""
-    if image.mode.startswith("I"):  # 16 bits
-        image = image.convert("I").point(lambda value: value * (1 / 257))
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    """A picture of Pillow's with channels of 8 bits as [1, H, W, C]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.reshape(1, image.height, image.width, -1).float() / 255
+
+
+def reduced(image: Any, size: Size) -> Any:
+    """A picture of Pillow's, smaller by a whole number where it stays at least twice as large as `size`.
+
+    As numbers in fp32, the photo of a camera would need many times the memory, and seconds.
+    """
+    factor = min(image.width // size[0], image.height // size[1]) // 2
+    return image.reduce(factor) if factor > 1 else image
 
 
 def bucket_sizes(resolution: int, step: int = 64) -> list[Size]:
@@ -114,11 +132,11 @@ def at_most(image: Tensor, side: int) -> Tensor:
     return image if scale >= 1 else cover(image, (max(1, round(w * scale)), max(1, round(h * scale))))
 
 
-def cut(image: Tensor, box: Box) -> Tensor:
-    """A copy, so that the rest of the picture need not be kept."""
+def cut(image: Any, box: Box) -> Any:
+    """A part of a picture of Pillow's, of one pixel at least."""
     left, top, right, bottom = (round(x) for x in box)
-    left, top = min(left, image.shape[2] - 1), min(top, image.shape[1] - 1)
-    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)].clone()
+    left, top = min(left, image.width - 1), min(top, image.height - 1)
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 def vary(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:

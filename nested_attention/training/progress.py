@@ -10,23 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from .config import TrainingError
 
 log = logging.getLogger("nested_attention")
 WIDTH, HEIGHT, MARGIN = 800, 400, 50
 
 
 class Progress:
-    """The record of one training in its folder: loss.jsonl, loss.png, and TensorBoard's files if it is installed."""
+    """The record of one training in its folder: loss.jsonl, loss.png, and TensorBoard's files if it is installed.
+
+    Raises TrainingError where they cannot be written: nor could anything else of a training that begins.
+    """
 
     def __init__(self, folder: Path, *, steps: int, step: int, log_every: int):
         self.folder, self.steps, self.log_every = folder, steps, log_every
         self.began, self.first = time.monotonic(), step
-        folder.mkdir(parents=True, exist_ok=True)
         # What came after the last checkpoint is done again.
         self.lines = [line for line in read_losses(folder / "loss.jsonl") if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(folder / "loss.jsonl", lambda file: file.write(text.encode()))
-        self.board = tensorboard(folder, step)
+        try:
+            write_atomically(folder / "loss.jsonl", lambda file: file.write(text.encode()))
+            self.board = tensorboard(folder, step)
+        except OSError as error:
+            raise TrainingError(
+                f"The output folder {folder} cannot be written: {error}. Make room there, or choose another."
+            ) from error
 
     def add(self, step: int, **values: float) -> None:
         """Record values of a step. Raises OSError where they cannot be written."""
@@ -57,13 +65,15 @@ class Progress:
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
-    """The lines of a loss file; one that was cut off by the end of a process is left out."""
+    """The lines of a loss file; one that was cut off by the end of a process, or damaged, is left out."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

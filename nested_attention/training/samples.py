@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import TrainingConfig, TrainingError
 from .entries import Entry
-from .pictures import Size, at_most, bucket_sizes, cover, cut, nearest_bucket, read_picture, vary
+from .pictures import Size, at_most, bucket_sizes, cover, cut, nearest_bucket, pixels_of, read_image, reduced, vary
 from .troubles import BROKEN, BrokenEntry, Troubles
 
 CROP_SIDE = 1024  # several times what image encoders see; photos of a camera would fill the memory
@@ -141,11 +141,15 @@ class Reader:
 
     def read(self, row: Row) -> Sample:
         entry, config = self.entries[row.entry], self.config
-        picture = read_picture(entry.image)
-        crop = read_picture(entry.crop) if entry.crop else cut(picture, entry.box) if entry.box else picture
-        crop = at_most(crop, CROP_SIDE)
+        image = read_image(entry.image)
+        if image.size != entry.size:  # a box or bucket would be that of another picture
+            sizes = "{} x {} pixels, not {} x {}".format(*image.size, *entry.size)
+            raise ValueError(f"it is {sizes} as before or as its header says (without an orientation?): save it anew")
+        crop = read_image(entry.crop) if entry.crop else cut(image, entry.box) if entry.box else image
+        crop = at_most(pixels_of(reduced(crop, (CROP_SIDE, CROP_SIDE))), CROP_SIDE)
         if config.augment:
             crop = vary(crop, config.augment, row.generator("vary"))
         no_caption, no_subject = torch.rand(2, generator=row.generator("dropout")).tolist()
         caption = config.placeholder if no_caption < config.caption_dropout else entry.caption
-        return Sample(row, cover(picture, row.bucket), crop, caption, entry.size, no_subject >= config.subject_dropout)
+        picture = cover(pixels_of(reduced(image, row.bucket)), row.bucket)
+        return Sample(row, picture, crop, caption, entry.size, no_subject >= config.subject_dropout)

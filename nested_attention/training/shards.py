@@ -117,11 +117,18 @@ def shard_record(parts: list[Member]) -> dict[str, Any]:
     facts = json.loads(named[".json"].read()) if ".json" in named else {}
     if not isinstance(facts, dict):
         raise ValueError("its .json holds no object")
-    caption = named[".txt"].read().decode("utf-8-sig") if ".txt" in named else facts.get("caption")
+    caption = text_of(named[".txt"].read(), "its .txt") if ".txt" in named else facts.get("caption")
     if not isinstance(caption, str):
         raise ValueError('no caption (expected a .txt, or a .json with "caption")')
     crop = next((named[f".subject{suffix}"] for suffix in SUFFIXES if f".subject{suffix}" in named), None)
     return {"image": image, "caption": caption, "crop": crop, "box": facts.get("box")}
+
+
+def text_of(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not text in UTF-8 (byte {error.start}): save it as such") from error
 
 
 def cannot_be_read(error: Exception) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import NestedAdapter
+from ..adapter import NestedAdapter, fingerprint
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import TrainingConfig, TrainingError, changed
 from .processes import rank_and_size
@@ -80,6 +80,7 @@ class Trainer:
         self.base, self.validate, self.watch = base, validate, watch
         self.rank, self.processes = rank_and_size()
         self.adapter, self.average = adapter, copy.deepcopy(adapter).requires_grad_(False)
+        self.start = fingerprint(adapter.state_dict()) if config.start_from else ""  # all such files have one name
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.project: nn.Module = Projector(adapter, config.gradient_checkpointing)
@@ -261,6 +262,7 @@ class Trainer:
             "entries": self.reader.fingerprint,
             "skipped": sorted(self.skipped | self.reader.broken),
             "base": self.base,
+            "start": self.start,
             "adapter": self.adapter.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -273,11 +275,14 @@ class Trainer:
         Raises TrainingError where it is of another adapter, or began from another one.
         """
         began, start = state["settings"].get("start_from", ""), self.config.record()["start_from"]
-        if start not in ("", began):
+        another = state.get("start") not in (None, self.start)
+        if start and (start != began or another):
+            before = f"another {began}" if start == began else began or "a fresh adapter"
             raise TrainingError(
-                f"The training in {self.checkpoint.parent} began from {began or 'a fresh adapter'}, not from {start}. "
-                "Choose another output folder (of the node: name) to begin from it."
+                f"The training in {self.checkpoint.parent} began from {before}, not from {start}. Choose another "
+                "output folder (of the node: name) to begin from it."
             )
+        self.start = state.get("start", self.start)
         self.config = replace(self.config, start_from=began)  # which its record goes on to tell
         different = changed(state["settings"], self.config)
         if state["entries"] != self.reader.fingerprint:

@@ -160,6 +160,10 @@ def test_a_start_that_would_be_left_out_is_refused(tmp_path):
         assert again.run() and again.config.record()["start_from"] == "a.safetensors"
     with pytest.raises(TrainingError, match="began from a.safetensors, not from b.safetensors"):
         make_trainer(settings(tmp_path, steps=6, start_from="b.safetensors")).run()
+    other = make_trainer(settings(tmp_path, steps=6, start_from="other/a.safetensors"))
+    other.start = "the fingerprint of other weights"
+    with pytest.raises(TrainingError, match="began from another a.safetensors, not from a.safetensors"):
+        other.run()
 
 
 @contextmanager
@@ -194,6 +198,37 @@ def test_a_full_disk_stops_or_is_counted(tmp_path, caplog):
     assert trainer.troubles.count == 3 and "Skipped (3 so far): The checkpoint of step 12" in caplog.text
     assert "The loss curve of step 12 could not be written" in caplog.text  # which no training needs
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_a_full_disk_at_the_start_is_named(tmp_path):
+    make_trainer(settings(tmp_path, steps=3)).run()
+    with full_disk(at=10), pytest.raises(TrainingError, match=f"folder {tmp_path} cannot be written: .* Make room"):
+        make_trainer(settings(tmp_path, on_error="skip")).run()
+    assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("content", ["hello", "cut", "", "pickle"])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1, "settings": {}, "weight": torch.zeros(5000)})
+    whole = path.read_bytes()
+    path.write_bytes({"hello": b"hello", "cut": whole[:5000], "pickle": b"\x80\x04."}.get(content, b""))
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read .* Delete it, or choose another output"):
+        make_trainer(settings(tmp_path)).run()
+
+
+def test_damaged_losses_are_left_out(tmp_path):
+    make_trainer(settings(tmp_path, steps=3)).run()
+    with (tmp_path / "loss.jsonl").open("ab") as file:
+        file.write(b'[1]\n"\xff"\n{"loss": 1}\n{"step": ')
+    make_trainer(settings(tmp_path, steps=4)).run()
+    assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_validated_is_what_is_saved(tmp_path):
+    seen = []
+    trainer = make_trainer(settings(tmp_path, steps=2), validate=lambda step, adapter: seen.append(adapter) or {})
+    assert trainer.run() and seen and all(adapter is trainer.average for adapter in seen)
 
 
 def test_other_settings_are_said_and_another_adapter_is_refused(tmp_path, caplog):

@@ -53,9 +53,13 @@ def difference(a, b):
     return np.abs(a - b).mean()
 
 
-def test_the_shipped_weights_draw_the_stored_picture(drawn):
-    """Within what other processors round differently. Without the subject it is at 18.9, with another one at 22.4."""
-    assert difference(drawn, np.array(Image.open(STORED), dtype=float)) < 1.0
+def test_the_shipped_weights_draw_the_stored_picture(base, drawn):
+    """Within what other processors round differently, and nearer than with a tenth less of the subject.
+
+    Without it it is at 18.9, with another one at 22.4.
+    """
+    stored, near = np.array(Image.open(STORED), dtype=float), 0.6
+    assert difference(drawn, stored) < near < difference(draw(base, 0.9), stored)
 
 
 def test_without_the_subject_it_is_somebody_else(base, drawn):

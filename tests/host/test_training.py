@@ -30,6 +30,7 @@ from nested_attention.host.objective import DiffusionObjective, told_sizes
 from nested_attention.host.train import make_adapter, train
 from nested_attention.subject import Subject
 from nested_attention.training import __main__ as command
+from nested_attention.training.checkpoint import load_checkpoint
 from nested_attention.training.config import TrainingError
 from nested_attention.training.entries import read_dataset
 from nested_attention.training.samples import Plan, Row, Sample
@@ -207,6 +208,29 @@ def bind(tokens, loaded):
     return BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
 
 
+def test_the_loss_is_the_error_of_the_models_own_target(base, folder):
+    """By hand, of a model of epsilon: from what is predicted of the clean picture, back to the noise that was added."""
+    objective, adapter, samples = objective_of(base, settings(folder, batch=3))
+    with torch.no_grad(), base.frozen():
+        batch = objective.prepare(samples)
+        noise, predicted = (
+            (batch.noisy - picture) / batch.sigma.view(-1, 1, 1, 1)
+            for picture in (batch.clean, objective.denoise(batch, Projector(adapter)(batch.features)))
+        )
+        loss = objective(Projector(adapter), samples)
+    torch.testing.assert_close(loss, (noise - predicted).square().mean(), rtol=1e-3, atol=1e-5)
+    assert len({tuple(row.flatten().tolist()) for row in noise}) == 3  # each row has its own
+    torch.testing.assert_close(noise.std(), torch.tensor(1.0), rtol=0.2, atol=0)
+
+
+def test_what_is_written_is_the_running_mean(base, folder, tmp_path):
+    assert train(settings(folder, output=str(tmp_path), ema=0.9, learning_rate=0.01), base)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    for name, value in read_adapter(tmp_path / "adapter.safetensors").state_dict().items():
+        assert torch.equal(value, state["average"][name]), name
+    assert not torch.equal(state["average"]["layers.0.to_k.weight"], state["adapter"]["layers.0.to_k.weight"])
+
+
 def test_gradients_are_those_of_the_equations(base, folder, monkeypatch):
     """With every layer's change computed one query at a time; later layers pass gradients on to earlier ones."""
     objective, adapter, samples = objective_of(base, settings(folder, min_snr_gamma=5.0))
@@ -236,22 +260,33 @@ def test_checkpointed_gradients_are_the_same(base, folder):
 
 
 def test_the_base_model_stays_frozen(base, folder, tmp_path):
-    before = [p.clone() for module in base.modules() for p in module.parameters()]
-    required = [p.requires_grad for module in base.modules() for p in module.parameters()]
-    config = settings(folder, output=str(tmp_path), gradient_checkpointing=True, learning_rate=0.1, steps=2)
-    assert train(config, base)
+    """Though its weights ask for gradients."""
     parameters = [p for module in base.modules() for p in module.parameters()]
-    assert all(p.grad is None for p in parameters)
+    before, required = [p.clone() for p in parameters], [p.requires_grad for p in parameters]
+    config = settings(folder, output=str(tmp_path), gradient_checkpointing=True, learning_rate=0.1, steps=2)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        assert train(config, base)
+        assert all(p.requires_grad and p.grad is None for p in parameters)
+    finally:
+        for parameter, asked in zip(parameters, required, strict=True):
+            parameter.requires_grad_(asked)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    assert [p.requires_grad for p in parameters] == required
     assert not base.model.model_options["transformer_options"].get("patches_replace")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_in_full(base, folder, tmp_path, precision):
+def test_half_precision_learns_in_full(base, folder, tmp_path, precision, monkeypatch):
+    """The adapter computes in it, and in fp16 its gradients are scaled; its weights stay fp32."""
+    computed = []
+    forward = Projector.forward
+    monkeypatch.setattr(Projector, "forward", lambda *given: computed.append(forward(*given)) or computed[-1])
     half = replace(base, model=make_model(DTYPES[precision], DTYPES[precision]))
     config = settings(folder, output=str(tmp_path), precision=precision, steps=2)
     assert train(config, half)
+    assert {x.dtype for pairs in computed for pair in pairs for x in pair} == {DTYPES[precision]}
+    assert bool(load_checkpoint(tmp_path / "checkpoint.pt")["scaler"]) == (precision == "fp16")
     full = settings(folder, output=str(tmp_path / "full"), steps=1)
     assert train(full, base)
     assert losses(config)[1] == pytest.approx(losses(full)[1], rel=0.05)

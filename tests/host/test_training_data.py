@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import struct
+from zlib import crc32
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from small_training import make_base, make_data, make_reader, samples_of, save_picture, settings
 
 from nested_attention.host.train import split, train
 from nested_attention.training.config import TrainingError, from_arguments
 from nested_attention.training.entries import read_dataset
-from nested_attention.training.pictures import cover, cut, picture_size, read_picture
+from nested_attention.training.pictures import cover, cut, picture_size, read_picture, reduced, vary
 from nested_attention.training.samples import Row
 from nested_attention.training.troubles import Troubles
 
@@ -138,7 +139,75 @@ def test_a_box_is_cut_from_its_picture(tmp_path):
 
 
 def test_a_box_in_the_last_half_pixel():
-    assert cut(torch.rand(1, 40, 100, 3), (99.6, 39.7, 100, 40)).shape == (1, 1, 1, 3)
+    assert cut(Image.new("RGB", (100, 40)), (99.6, 39.7, 100, 40)).size == (1, 1)
+
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+
+
+@pytest.mark.parametrize("kind", ["jpg", "tiff", "webp", "eXIf", "text", "XMP"])
+def test_pictures_that_lie_on_their_side(tmp_path, kind):
+    """The header's size, which bucket and box are of, is that of the picture which is read."""
+    facts, picture = PngImagePlugin.PngInfo(), Image.new("RGB", (40, 20))
+    if kind == "text":  # as ImageMagick writes it
+        facts.add_text("Raw profile type exif", f"\nexif\n{len(EXIF):8}\n{EXIF.hex()}\n")
+    if kind == "XMP":
+        facts.add_itxt("XML:com.adobe.xmp", XMP)
+    path = tmp_path / f"lying.{kind if kind in ('jpg', 'tiff', 'webp') else 'png'}"
+    turned = {} if kind in ("text", "XMP") else {"exif": EXIF}
+    picture.save(path, **({"pnginfo": facts} if path.suffix == ".png" else {}), **turned)
+    assert picture_size(path) == (20, 40) and read_picture(path).shape == (1, 40, 20, 3)
+
+
+def test_an_orientation_after_the_pixels_is_named(tmp_path):
+    """Which only reading all of each picture would find in time."""
+    make_data(tmp_path, count=2)
+    path = tmp_path / "data" / "1.png"
+    data, chunk = path.read_bytes(), b"eXIf" + EXIF[6:]
+    end = data.index(b"IEND") - 4
+    path.write_bytes(
+        data[:end] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", crc32(chunk)) + data[end:]
+    )
+    reader = make_reader(read_dataset(settings(tmp_path), Troubles("stop")), settings(tmp_path))
+    with pytest.raises(TrainingError, match="1.png: it is 40 x 48 pixels, not 48 x 40 as .*: save it anew"):
+        [samples_of(reader, number) for number in range(3)]
+
+
+def test_crops_of_other_case_and_of_nobody(tmp_path, caplog):
+    """Else the adapter would learn from whole pictures, and nobody know."""
+    make_data(tmp_path, count=2)
+    for name in ("0.Subject.PNG", "o1.subject.png", "a.subject.of.note.png"):
+        save_picture(tmp_path / "data" / name, 9, size=(16, 24))
+    (tmp_path / "data" / "a.subject.of.note.txt").write_text("a person")
+    entries = read_dataset(settings(tmp_path), Troubles("stop"))
+    crops = {e.image.name: e.crop and e.crop.name for e in entries}
+    assert crops == {"0.png": "0.Subject.PNG", "1.png": None, "a.subject.of.note.png": None}
+    assert "stands beside 1 crops of subjects, such as o1.subject.png." in caplog.text
+
+
+def test_captions_that_are_not_utf_8_are_named(tmp_path):
+    make_data(tmp_path, count=1)
+    caption = tmp_path / "data" / "0.txt"
+    for encoding in ("cp1252", "utf-16"):
+        caption.write_text("a person with a café", encoding=encoding)
+        with pytest.raises(TrainingError, match="0.png: 0.txt is not text in UTF-8 .byte .*: save it as such"):
+            read_dataset(settings(tmp_path), Troubles("stop"))
+
+
+def test_photos_of_a_camera_are_made_smaller_first(tmp_path):
+    """By a whole number, and to no less than twice what is trained on: what comes out is nearly the same."""
+    make_data(tmp_path, count=1)
+    save_picture(tmp_path / "data" / "0.png", 0, size=(400, 320))
+    config = settings(tmp_path, buckets=False)
+    reader = make_reader(read_dataset(config, Troubles("stop")), config)
+    [sample, *_] = samples_of(reader)
+    image = Image.open(tmp_path / "data" / "0.png")
+    sizes = [reduced(image, (side, side)).size for side in (32, 80, 81, 400)]
+    assert sizes == [(80, 64), (200, 160), (400, 320), (400, 320)]
+    whole = cover(read_picture(tmp_path / "data" / "0.png"), (32, 32))
+    torch.testing.assert_close(sample.picture, whole, rtol=0, atol=0.06)
+    assert sample.crop.shape == (1, 320, 400, 3) and sample.size == (400, 320)
 
 
 def test_what_is_no_data_set(tmp_path):
@@ -209,8 +278,36 @@ def test_a_broken_picture_alone_in_its_bucket(base, tmp_path, caplog):
         caplog.clear()
 
 
+def test_what_chance_does_to_a_sample(tmp_path):
+    """To the crop, the caption and the subject as often as is asked for, and to the picture nothing."""
+    make_data(tmp_path, count=1)
+    entries = read_dataset(settings(tmp_path), Troubles("stop"))
+    rows = [Row(0, (32, 32), seed) for seed in range(40)]
+
+    def drawn(**changes):
+        return [make_reader(entries, settings(tmp_path, **changes))(row) for row in rows]
+
+    plain = drawn()
+    assert {sample.caption for sample in plain} == {"a <person> in a park"} and all(sample.subject for sample in plain)
+    assert all(torch.equal(sample.crop, plain[0].crop) for sample in plain)
+    for share, expected in ((0.5, {True, False}), (1.0, {True})):
+        assert {sample.caption == "<person>" for sample in drawn(caption_dropout=share)} == expected
+        assert {not sample.subject for sample in drawn(subject_dropout=share)} == expected
+    varied, again = drawn(augment=1.0), drawn(augment=1.0)
+    for a, b, sample in zip(varied, again, plain, strict=True):
+        assert torch.equal(a.crop, b.crop) and torch.equal(a.picture, sample.picture)
+    assert len({tuple(sample.crop.flatten().tolist()) for sample in [*varied, plain[0]]}) == len(rows) + 1
+
+
+def test_half_of_the_crops_are_mirrored():
+    picture = torch.rand(1, 20, 30, 3)
+    seen = [vary(picture, 1e-6, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    ways = [[torch.allclose(crop, way, atol=1e-3) for way in (picture, picture.flip(2))] for crop in seen]
+    assert all(sum(way) == 1 for way in ways) and 4 < sum(way[1] for way in ways) < 16
+
+
 def test_pictures_of_any_kind(tmp_path):
-    from nested_attention.training.pictures import SUFFIXES, at_most, cover, picture_size, read_picture, vary
+    from nested_attention.training.pictures import SUFFIXES, at_most
 
     modes = {"L": 3, "RGB": 3, "RGBA": 4, "P": 3, "LA": 4, "CMYK": 3}
     kinds = [(mode, "jpg" if mode == "CMYK" else "png", channels) for mode, channels in modes.items()]
