@@ -1,7 +1,7 @@
 """Makes a small model to ship with the pack: `python -m studio [STAGE ...]`, each of which goes on where it was.
 
 Stages, in order: pictures, vision, text, base, export, adapters, which make what ships, and judge, rivals, ablations,
-evidence, which measure it.
+evidence, which measure it, and report, which makes the page of what was measured, without training or drawing.
 """
 
 from __future__ import annotations
@@ -86,6 +86,12 @@ def size(given: argparse.Namespace, part: str) -> dict[str, int]:
     return {"steps": steps(given, part)} | ({"size": batch} if batch else {})
 
 
+def made_by(given: argparse.Namespace) -> str:
+    """The command that makes the same from nothing."""
+    lengths = [(name, *each) for name in ("steps", "batch") for each in getattr(given, name).items()]
+    return " ".join(["python -m studio", *(f"--{name} {part}={n}".replace(" =", " ") for name, part, n in lengths)])
+
+
 def pictures(given: argparse.Namespace) -> None:
     from .pictures import photos
 
@@ -125,7 +131,7 @@ def export(given: argparse.Namespace) -> None:
     painter, words = base(given)
     namer = vision(given)
     lengths = {part: trained_for(given.work / part) for part in ("vision", "text", "base")}
-    export(painter, namer, words, given.weights, {"command": "python -m studio", "seed": 0, "trained": lengths})
+    export(painter, namer, words, given.weights, {"command": made_by(given), "seed": 0, "trained": lengths})
 
 
 def adapters(given: argparse.Namespace) -> None:
@@ -140,7 +146,7 @@ def adapters(given: argparse.Namespace) -> None:
             world(given), load_studio(given.weights), kind, given.work, steps(given, "adapter"), steps(given, "start")
         )
         target, adapter = given.weights / "adapters" / f"studio_{name}.safetensors", read_adapter(made)
-        told = {"command": "python -m studio", "seed": 0, "warm start": steps(given, "start")}
+        told = {"command": made_by(given), "seed": 0, "warm start": steps(given, "start")}
         write_adapter(adapter, target, notes={**adapter.notes, "license": LICENSE, "made": json.dumps(told)})
         print(json.dumps({"adapter": target.name, "bytes": target.stat().st_size}))
 
@@ -189,11 +195,13 @@ def evidence(given: argparse.Namespace) -> None:
     from .compare import PEOPLE, Comparison
     from .evidence import cases, without_lookup
     from .inside import inside
-    from .report import report
+    from .loop import trained_for
 
     files, results, docs = rivals(given), HERE / "results", HERE.parent / "docs"
     results.mkdir(exist_ok=True)
-    compare = Comparison(world(given), load_studio(given.weights), judge(given), results, docs, given.cases)
+    seer = judge(given)
+    lengths = {"judge": trained_for(given.work / "judge"), "warm start": steps(given, "start")}
+    compare = Comparison(world(given), load_studio(given.weights), seer, results, docs, given.cases, lengths)
     for seed in SEEDS:
         compare.people(seed, {way: path for (way, s), path in files.items() if s == seed})
     person, pet = files["person", 0], given.weights / "adapters" / "studio_pet.safetensors"
@@ -204,12 +212,17 @@ def evidence(given: argparse.Namespace) -> None:
     compare.drawing(person, without_lookup(person, given.work / "adapters" / "alike" / person.name))
     tops = inside(compare.base, person, cases(compare.world, 8, PEOPLE), docs / "inside.png")
     (results / "concentration.json").write_text(json.dumps(tops))
-    print(report(results, docs, {name: steps(given, name) for name in STEPS}, PART))
+
+
+def report(given: argparse.Namespace) -> None:
+    from .report import report
+
+    print(report(HERE / "results", HERE.parent / "docs"))
 
 
 STAGES = {
     stage.__name__: stage
-    for stage in (pictures, vision, text, base, export, adapters, judge, rivals, ablations, evidence)
+    for stage in (pictures, vision, text, base, export, adapters, judge, rivals, ablations, evidence, report)
 }
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nested_attention.files import read_adapter
 from nested_attention.host.base import Base
+from nested_attention.host.train import ADAPTER
 
 from . import evidence
 from .evidence import STRENGTHS, Case, Method, Scores, cases, decoupled, nested, nobody, told
@@ -43,7 +46,8 @@ def side(left: float, right: float) -> Tensor:
 class Comparison:
     """Scores go to `results`, galleries to `docs`.
 
-    count   cases of a table, the same ones in all its rows
+    count     cases of a table, the same ones in all its rows
+    lengths   of the trainings that come before the adapters', kept with the scores
     """
 
     world: World
@@ -52,19 +56,20 @@ class Comparison:
     results: Path
     docs: Path
     count: int
+    lengths: Mapping[str, Any] = field(default_factory=dict)
 
     def people(self, seed: int, files: Mapping[str, Path]) -> None:
         """One person, by each way to personalize, trained from this seed, over strengths."""
         person, other, single = (files[way] for way in ("person", "decoupled", "single"))
         ways = {"nested": nested(person), "decoupled": decoupled(other), "single": nested(single)}
-        self.score("people", self.plain | ways if seed == 0 else ways, PEOPLE, seed=seed)
+        self.score("people", self.plain | ways if seed == 0 else ways, PEOPLE, (person, other, single), seed=seed)
         if seed == 0:
             shown = {f"nested {s:g}": (ways["nested"], s) for s in (0.5, 1.0, 1.5)}
             shown |= {"decoupled": (ways["decoupled"], 1.0), "single token": (ways["single"], 1.0)}
             self.show("people", shown, PEOPLE)
 
     def pets(self, pet: Path) -> None:
-        self.score("pets", {**self.plain, "nested": nested(pet)}, PETS, (1.0,))
+        self.score("pets", {**self.plain, "nested": nested(pet)}, PETS, (pet,), (1.0,))
 
     def pairs(self, person: Path, pet: Path) -> None:
         """A person and a pet, with and without what is offered against their mixing."""
@@ -72,7 +77,7 @@ class Comparison:
         settle = {"competition": 2.0}
         offered = {"as it is": {}, "competition 2": settle, "regions": apart, "both": apart | settle}
         ways = {name: nested(person, pet, **choices) for name, choices in offered.items()}
-        self.score("pairs", self.plain | ways, PEOPLE + PETS, (1.0,))
+        self.score("pairs", self.plain | ways, PEOPLE + PETS, (person, pet), (1.0,))
         self.show("pairs", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE + PETS)
 
     def two_people(self, person: Path) -> None:
@@ -94,7 +99,7 @@ class Comparison:
             ]
             return {key: np.mean([found[key] for found in each], axis=0).tolist() for key in each[0]}
 
-        self.measure("two-people", ways, pairs, partial(evidence.draw_two, self.base), scores, (1.0,))
+        self.measure("two-people", ways, pairs, partial(evidence.draw_two, self.base), scores, (person,), (1.0,))
         shown = [
             (
                 [case.photos["people"][0] for case in pair],
@@ -106,15 +111,16 @@ class Comparison:
 
     def training(self, files: Mapping[str, Path]) -> None:
         """One person, by adapters that were trained in other ways."""
-        self.score("training", {name: nested(path) for name, path in files.items()}, PEOPLE, (1.0,))
+        ways = {name: nested(path) for name, path in files.items()}
+        self.score("training", ways, PEOPLE, tuple(files.values()), (1.0,))
 
     def drawing(self, person: Path, alike: Path) -> None:
         """One person, by one adapter that is applied in other ways; `alike` is that without its lookup."""
         ways = {name: nested(person, **choices) for name, choices in DRAWING.items()}
         ways["all places alike"] = nested(alike)
-        self.score("drawing", ways, PEOPLE, (1.0,))
+        self.score("drawing", ways, PEOPLE, (person, alike), (1.0,))
         self.show("drawing", {name: (way, 1.0) for name, way in ways.items()}, PEOPLE)
-        self.score("drawing", {"three photos": nested(person)}, PEOPLE, (1.0,), photos=3)
+        self.score("drawing", {"three photos": nested(person)}, PEOPLE, (person, alike), (1.0,), photos=3)
 
     @property
     def plain(self) -> dict[str, Method]:
@@ -122,14 +128,16 @@ class Comparison:
 
     @cached_property
     def made(self) -> dict[str, Any]:
-        unet = self.base.model.model.diffusion_model
-        return {"base": evidence.digest(unet), "judge": evidence.digest(self.judge), "cases": self.count}
+        base = self.base.model.model.diffusion_model, self.base.clip.cond_stage_model, self.base.clip_vision.model
+        digests = {"base": evidence.digest(*base), "judge": evidence.digest(self.judge)}
+        return {**digests, "cases": self.count, "lengths": self.lengths}
 
     def score(
         self,
         name: str,
         ways: Mapping[str, Method],
         kinds: Sequence[str],
+        adapters: Sequence[Path] = (),
         strengths: Sequence[float] = (),
         photos: int = 1,
         seed: int = 0,
@@ -143,7 +151,7 @@ class Comparison:
         def draw(way: Method, case: tuple[Case], strength: float) -> Tensor:
             return evidence.draw(self.base, way, *case, strength)
 
-        self.measure(name, ways, [(case,) for case in chosen], draw, scores, strengths or STRENGTHS, seed)
+        self.measure(name, ways, [(case,) for case in chosen], draw, scores, adapters, strengths or STRENGTHS, seed)
 
     def measure(
         self,
@@ -152,6 +160,7 @@ class Comparison:
         groups: Sequence[Sequence[Case]],
         draw: Callable[[Any, Any, float], Tensor],
         scores_of: Callable[[Iterable[Tensor]], Scores],
+        adapters: Sequence[Path],
         strengths: Sequence[float],
         seed: int = 0,
     ) -> None:
@@ -165,7 +174,9 @@ class Comparison:
         ready = {name: partial(scores, way) for name, way in ways.items()}
         if "none" in ways:
             ready["ceiling"] = lambda strength: scores_of(evidence.as_asked(self.world, groups))
-        evidence.run(ready, self.results / f"{name}-seed-{seed}.json", self.made, strengths)
+        names = [path.parent.name if path.name == ADAPTER else path.stem for path in adapters]
+        made = self.made | {"adapters": dict(zip(names, map(record, adapters), strict=True))}
+        evidence.run(ready, self.results / f"{name}-seed-{seed}.json", made, strengths)
 
     def show(self, name: str, ways: Mapping[str, tuple[Method, float]], kinds: Sequence[str]) -> None:
         every = {PLAIN[plain]: (way, 1.0) for plain, way in self.plain.items()} | dict(ways)
@@ -177,3 +188,9 @@ class Comparison:
             for case in cases(self.world, SHOWN, kinds)
         ]
         gallery(shown, self.docs / f"{name}.png")
+
+
+def record(adapter: Path) -> dict[str, Any]:
+    """Its weights by their digest, and how they were trained."""
+    read = read_adapter(adapter)
+    return {"weights": evidence.digest(read), **json.loads(read.notes.get("training", "{}"))}

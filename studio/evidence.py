@@ -241,7 +241,7 @@ def retrieved(world: World, judge: Judge, kind: str, seen: dict[str, Tensor], ca
 
 def as_asked(world: World, groups: Sequence[Sequence[Case]]) -> Tensor:
     """Pictures [B, 3, 64, 64] of the very people of each group, side by side, doing what their prompts ask: drawn by
-    what drew the pictures of the training. No model can be scored higher than they are.
+    what drew the pictures of the training.
     """
     who = [(k, n, case) for group in groups for case in group for k, n in case.numbers.items()]
     jobs = [ATTRIBUTES[k].job(world.casts[k].identities[n], case.wanted[k]) for k, n, case in who]
@@ -261,7 +261,7 @@ def without_lookup(path: Path, out: Path) -> Path:
     for layer in adapter.layers:
         torch.nn.init.zeros_(layer.to_k.weight)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_adapter(adapter, out)
+    write_adapter(adapter, out, notes=adapter.notes)
     return out
 
 
@@ -284,7 +284,7 @@ def run(
 ) -> None:
     """Draw and score all, way by way and strength by strength; what is in `out` already is not done again.
 
-    made   what the scores depend on, apart from the adapters: where `out` has been made with another, all is done anew
+    made   what the scores depend on, and its settings: where `out` has been made with another, all is done anew
     """
     found = json.loads(out.read_text()) if out.exists() else {}
     if found.get("made") != made:
@@ -298,9 +298,10 @@ def run(
             print(name, strength, {key: round(float(np.mean(scores[key])), 3) for key in MAIN}, flush=True)
 
 
-def digest(module: torch.nn.Module) -> str:
-    """Of its weights."""
+def digest(*modules: torch.nn.Module) -> str:
+    """Of their weights."""
     found = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            found.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     return found.hexdigest()[:16]

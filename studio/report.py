@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,13 +38,15 @@ Pooled = dict[str, dict[str, Scores]]
 """By method and strength, the scores of each case."""
 
 
-def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Path:
+def report(results: Path, docs: Path) -> Path:
     """docs/evidence.md, its plot and the README's table, from the score files in `results`, of one or more seeds each.
 
     What a person makes of the numbers is in `results/findings.md`, which becomes the page's beginning.
     """
     names = ("people", "pairs", "two-people", "pets", "training", "drawing")
-    seeds = {name: [read(path) for path in sorted(results.glob(f"{name}-seed-*.json"))] for name in names}
+    files = {name: [read(path) for path in sorted(results.glob(f"{name}-seed-*.json"))] for name in names}
+    seeds = {name: [run["scores"] for run in runs] for name, runs in files.items()}
+    made = {name: runs[0]["made"] for name, runs in files.items()}
     found = {name: pool(runs) for name, runs in seeds.items()}
     plot(found["people"], docs / "evidence.png")
     tables = {name: table(found[name], EACH if name == "pairs" else SCORES) for name in names}
@@ -67,9 +70,14 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
         findings=findings.read_text(encoding="utf-8").strip() if findings.exists() else "",
         cases=count(found["people"]),
         pairs_of_people=count(found["two-people"]),
-        part=max(1, round(part * steps["adapter"])),
+        judge=made["people"]["lengths"]["judge"],
+        start=made["people"]["lengths"]["warm start"],
+        full=made["people"]["adapters"]["person"],
+        part=made["training"]["adapters"]["as-it-ships"],
         concentration=concentration(tops),
-        **steps,
+        people_inside=len(tops["distinct"]),
+        fewest=min(tops["distinct"]),
+        most=max(tops["distinct"]),
     )
     (docs / "evidence.md").write_text(page, encoding="utf-8")
     readme = docs.parent / "README.md"
@@ -78,8 +86,9 @@ def report(results: Path, docs: Path, steps: dict[str, int], part: float) -> Pat
     return docs / "evidence.md"
 
 
-def read(path: Path) -> Pooled:
-    return json.loads(path.read_text())["scores"]
+def read(path: Path) -> dict[str, Any]:
+    """What the scores were made of, and the scores."""
+    return json.loads(path.read_text())
 
 
 def pool(seeds: list[Pooled]) -> Pooled:
@@ -145,7 +154,9 @@ def apart(
 
 
 def signed(first: Sequence[float], second: Sequence[float]) -> str:
-    return "{:+.1%} ({:+.1%} to {:+.1%})".format(*interval(np.subtract(first, second)))
+    """The mean difference, its interval, and how many cases are higher and lower."""
+    each = np.subtract(first, second)
+    return "{:+.1%} ({:+.1%} to {:+.1%}) {}/{}".format(*interval(each), (each > 1e-9).sum(), (each < -1e-9).sum())
 
 
 def by_seed(seeds: list[Pooled]) -> list[list[str]]:
@@ -179,10 +190,14 @@ def in_short(found: dict[str, Pooled]) -> str:
 
 
 def concentration(tops: dict[str, list[float]]) -> str:
-    rows = [
-        [name, *(f"{x:.2f}" for x in tops[key])]
-        for key, name in (("top 1", "the first token has at most"), ("top 2", "the first two have at most"))
-    ]
+    names = {
+        "top 1": "the first token has at most",
+        "top 2": "the first two have at most",
+        "top 1 distinct": "alike taken together: the first",
+        "top 2 distinct": "alike taken together: the first two",
+        "noun": "those of the plain noun",
+    }
+    rows = [[name, *(f"{x:.2f}" for x in tops[key])] for key, name in names.items()]
     return lines(rows, ["of all queries", *(f"{q:.0%}" for q in tops["quantile"])])
 
 
@@ -212,32 +227,37 @@ def plot(pooled: Pooled, path: Path) -> None:
 PAGE = """# Evidence
 
 Is it the same one, and does the picture do what the prompt says? Measured with the small model that comes with the
-pack, on people and pets who were in no training. `python -m studio judge rivals ablations evidence` makes this page;
-the scores behind it lie in `studio/results/`.
+pack, on people and pets who were in no training. `python -m studio judge rivals ablations evidence report` makes this
+page; the scores behind it, and the settings they are of, lie in `studio/results/`, from which `python -m studio report`
+makes it again.
 
 {findings}
 
 ## How it is measured
 
-- **Identity**: of hair or headgear, its color, skin, glasses and beard (of a pet: kind, fur, markings, their color
-  and, where they are open, eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often
-  the right one of 50 fits best to what the judge sees; the others are those of 200 who are most alike. **Prompt**: of
-  expression, clothes, their color and the background (of a pet: mood, what it wears and the background), the part
+- **Identity**: of hair or headgear, its color, skin, glasses and beard (of a pet: kind, fur, markings, their color and,
+  where they are open, eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often the
+  right one of 50 fits best to what the judge sees; the others are those of the 199 held out who are most alike; a tie
+  counts as found. **Prompt**:
+  of expression, clothes, their color and the background (of a pet: mood, what it wears and the background), the part
   that is as asked.
-- **Who**: {cases} people and pets who were in no training, and by whom nothing was chosen. They are new combinations of
-  known attributes, picked by chance among all: 57 % of the people wear glasses and 37 % a beard (of those trained on 54
-  and 38 %), which hide expressions.
-- The judge is a network of its own, trained for {judge} steps on rendered pictures of those who are trained on. What
-  it scores on **real pictures**, the very same ones doing just what the prompts ask, drawn by what drew the training's
-  pictures, is the ceiling; with somebody who is read more easily, or by chance, a model may score a bit more. **Told in
-  words** is the base model alone, with a prompt that names all that is scored: the most that words can do.
-- All ways were trained for {adapter} steps of 16 on the same pairs with the same settings, which were chosen for nested
-  attention, after {start} steps of a warm start in which the Q-Former learns to give for a photo the text states of a
-  caption that tells all; the same one for each number of tokens. The word's values are larger, and learn faster, in
-  heads that give it less than 15 % of their attention (`value_share`), with nested attention and the single token;
-  decoupled attention passes through no word.
-- In brackets the 95 % interval of the mean (bootstrap over the cases; Wilson's where each was found or not).
-  Differences are taken case by case: the same person, prompt and noise.
+- **Who**: {cases} people and pets who were in no training, and by whom nothing about this model was chosen. They are
+  new combinations of known attributes, picked by chance among all.
+- The judge is a network of its own, trained for {judge[steps]} steps of {judge[batch]} on rendered pictures of those
+  who are trained on. What it scores on **real pictures**, the very same ones doing just what the prompts ask, drawn by
+  what drew the training's pictures, is the ceiling; with somebody who is read more easily, or by chance, a model may
+  score a bit more. **Told in words** is the base model alone, with a prompt that names all that is scored: the most
+  that words can do.
+- All ways were trained for {full[steps]} steps of {full[settings][batch]} on the same pairs with the same settings,
+  which were chosen for nested attention, after {start} steps of a warm start in which the Q-Former learns to give for a
+  photo the text states of a caption that tells all; the same one for each number of tokens. The word's values are
+  larger, and learn faster, in heads that give it less than 15 % of their attention (`value_share`), with nested
+  attention and the single token; decoupled attention passes through no word.
+- In brackets the 95 % interval of the mean (bootstrap over the cases; Wilson's where each was found or not). It is of
+  chance among cases; of chance in training the two seeds give an idea, which share base and warm start. Differences are
+  taken case by case: the same person, prompt and noise; after them, in how many cases the score is higher/lower. With
+  fewer than six on one side and none on the other, chance alone does it more often than one time in twenty (sign test),
+  whatever the interval says.
 
 ## One person, against other ways
 
@@ -300,7 +320,7 @@ score is the mean of the two.
 
 ## Choices of training
 
-Each trained for {part} steps after the warm start, if not said otherwise, and drawn at strength 1.
+Each trained for {part[steps]} steps after the warm start, if not said otherwise, and drawn at strength 1.
 
 {training}
 
@@ -318,14 +338,16 @@ the mean of all nested values, and nothing is looked up.
 ![Six people, drawn with all choices](drawing.png)
 
 How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step, mean
-over heads:
+over heads, for {people_inside} people. The warm start fills up what no attribute needs with the plain noun, so that the
+32 of a person are {fewest} to {most} distinct ones (alike is what differs by less than a twentieth of its length):
 
 {concentration}
 
 ## Inside
 
-One held-out person: where the word is attended, what it looks up at every place against the one value that it would
-be without nesting, which tokens three points look at, and what those looked at in the photo.
+One held-out person: where the word is attended, what it looks up at every place against the one value that it would be
+without nesting, which tokens three points look at, and what those looked at in the photo. The two largest tokens of a
+point may be two of the plain noun's, which say nothing of this person.
 
 ![Attention, values, tokens at points, and what they looked at](inside.png)
 """

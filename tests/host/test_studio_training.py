@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nested_attention.files import read_adapter, write_atomically
+from nested_attention.files import read_adapter, read_tensors, write_atomically
 from nested_attention.host.studio import load_studio
 from studio import __main__ as command
 from studio import (
@@ -22,6 +22,7 @@ from studio import (
     compare,
     evidence,
     export,
+    inside,
     judge,
     looking,
     loop,
@@ -254,17 +255,21 @@ def test_evidence_from_a_few_steps(world, work, base, trained):
     seer = judge.train_judge(world, work, 2)
     assert not seer.training  # its dropout would blur every score
     comparison = compare.Comparison(world, base, seer, work, work, 2)
-    comparison.score("scores", methods, ("people",), (1.0,))
+    comparison.score("scores", methods, ("people",), (own, other), (1.0,))
     found = json.loads((work / "scores-seed-0.json").read_text())["scores"]
     assert found.keys() == {"ceiling", *methods}
     assert all(0 <= value <= 1 for values in found["nested"]["1.0"].values() for value in values)
     assert all(len(values) == 2 for values in found["nested"]["1.0"].values())
-    comparison.score("scores", {"nested": lambda *_: pytest.fail("drawn twice")}, ("people",), (1.0,))
+    comparison.score("scores", {"nested": lambda *_: pytest.fail("drawn twice")}, ("people",), (own, other), (1.0,))
     drawn = []
     again = {"none": lambda *given: drawn.append(given) or evidence.nobody(*given)}
-    replace(comparison, count=1).score("scores", again, ("people",), (1.0,))
+    replace(comparison, count=1).score("scores", again, ("people",), (own, other), (1.0,))
     found = json.loads((work / "scores-seed-0.json").read_text())["scores"]
     assert len(drawn) == 1 and found.keys() == {"none", "ceiling"}  # of other cases all is done anew
+    replace(comparison, count=1).score("scores", again, ("people",), (other,), (1.0,))
+    assert len(drawn) == 2  # and with other adapters
+    [used] = json.loads((work / "scores-seed-0.json").read_text())["made"]["adapters"].values()
+    assert used["settings"]["value_share"] == 0.0 and used["weights"] != compare.record(own)["weights"]
 
 
 def test_methods_change_the_picture_and_no_strength_does_not(world, base, trained):
@@ -310,6 +315,12 @@ def test_the_whole_command(world, tmp_path, monkeypatch):
     }
     tops = json.loads((results / "concentration.json").read_text())
     assert all(0 < a <= b <= 1 for a, b in zip(tops["top 1"], tops["top 2"], strict=True))
+    assert all(
+        a <= b + 1e-6 for name in ("top 1", "noun") for a, b in zip(tops[name], tops["top 1 distinct"], strict=True)
+    )
+    for file, key in (("studio", "training"), ("adapters/studio_pet", "made")):
+        _, notes = read_tensors(weights / f"{file}.safetensors")
+        assert json.loads(notes[key])["command"] == "python -m studio --steps 1 --batch 8"
     page, short = (docs / "evidence.md").read_text(), readme.read_text()
     assert all(
         row in page
@@ -326,6 +337,17 @@ def test_the_whole_command(world, tmp_path, monkeypatch):
     assert short.count("| **nested attention** |") == 2 and short.count("%") == 3 * 10
     for picture in ("evidence", "people", "pairs", "two_people", "drawing", "inside"):
         assert f"({picture}.png)" in page and (docs / f"{picture}.png").exists()
+
+    monkeypatch.setattr(sys, "argv", ["studio", "report"])
+    (docs / "evidence.md").unlink()
+    command.main()
+    assert (docs / "evidence.md").read_text() == page and readme.read_text() == short
+
+
+def test_tokens_that_are_alike_are_taken_together():
+    token, other = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+    together = inside.alike(torch.stack((token, other, token * 1.01, other, -token)))
+    assert together.tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
 
 
 def test_scenes_are_the_same_for_the_same_chance(world):

@@ -219,7 +219,7 @@ def test_the_loss_is_the_error_of_the_models_own_target(base, folder):
         )
         loss = objective(Projector(adapter), samples)
     torch.testing.assert_close(loss, (noise - predicted).square().mean(), rtol=1e-3, atol=1e-5)
-    assert len({tuple(row.flatten().tolist()) for row in noise}) == 3  # each row has its own
+    assert min((noise[i] - noise[i - 1]).abs().max() for i in range(3)) > 0.1  # each row has its own
     torch.testing.assert_close(noise.std(), torch.tensor(1.0), rtol=0.2, atol=0)
 
 
