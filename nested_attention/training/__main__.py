@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .config import TrainingConfig, TrainingError, from_arguments
-from .entries import no_entry, records
+from .entries import records
 from .processes import joined
 
 
@@ -37,8 +37,7 @@ def main() -> None:
 
 def check_paths(config: TrainingConfig) -> None:
     """Raises TrainingError for what would come up only once the base model is loaded."""
-    if next(records(Path(config.data)), None) is None:
-        raise TrainingError(no_entry(config.data))
+    records(Path(config.data))
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -31,8 +31,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         # What it says of pickles is how to load them all the same.
         reason = "it holds something else" if isinstance(error, (UnpicklingError, KeyError)) else f"{error}" or "empty"
         raise ValueError(
-            f"{path} cannot be read as a training checkpoint ({reason}). Delete it, or choose another output, to begin "
-            "anew."
+            f"{path} cannot be read as a training checkpoint ({reason}). If that stays so, choose another output to "
+            "begin anew."
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no training checkpoint of this version. Begin anew in another folder.")

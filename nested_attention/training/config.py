@@ -162,11 +162,10 @@ class TrainingConfig:
         caption, word = " ".join(caption.split()), self.class_word
         if self.placeholder in caption:
             return caption
-        pattern = re.compile(rf"<{re.escape(word)}>|\b{re.escape(word)}\b", re.IGNORECASE)
-        caption, found = pattern.subn(lambda _: self.placeholder, caption, count=1)
-        if not found:
-            raise ValueError(f"the caption '{caption}' holds neither {self.placeholder} nor the word {word}")
-        return caption
+        for pattern in (rf"<{re.escape(word)}>", rf"\b{re.escape(word)}\b"):
+            if re.search(pattern, caption, re.IGNORECASE):
+                return re.sub(pattern, lambda _: self.placeholder, caption, count=1, flags=re.IGNORECASE)
+        raise ValueError(f"the caption '{caption}' holds neither {self.placeholder} nor the word {word}")
 
     def record(self) -> dict[str, Any]:
         """The settings as an adapter file tells them: files by name, without the folders of this machine."""

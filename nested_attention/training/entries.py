@@ -47,19 +47,17 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
             troubles.report(f"{name}: {error}.")
     if not entries:
         broken = f" ({troubles.count} are broken)" if troubles.count else ""
-        raise TrainingError(no_entry(path, broken))
+        raise TrainingError(
+            f"{path} holds no usable entry{broken}. Pictures are {', '.join(SUFFIXES)}; shards are .tar, uncompressed."
+        )
     return entries
-
-
-def no_entry(path: str | Path, broken: str = "") -> str:
-    return f"{path} holds no usable entry{broken}. Pictures are {', '.join(SUFFIXES)}; shards are .tar, uncompressed."
 
 
 def records(path: Path) -> Records:
     """Raises TrainingError where there is nothing of the kind."""
     shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix.lower() == ".tar" else []
     lines = path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson")
-    if not (path.is_dir() or lines or any(shard.exists() for shard in shards)):
+    if not (lines or any(shard.exists() for shard in shards) or (path.is_dir() and files_of(path, SUFFIXES))):
         raise TrainingError(
             f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
         )
@@ -85,27 +83,18 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def folder_records(folder: Path) -> Records:
     pictures = files_of(folder, SUFFIXES)
-    crops = {subject_key(p): p for p in sorted(pictures, key=lambda p: -SUFFIXES.index(p.suffix.lower())) if is_crop(p)}
-    images = [p for p in pictures if not is_crop(p)]
+    images = [p for p in pictures if f"{SUBJECT}." not in p.name.lower()]
     shown = {p.with_suffix("") for p in images}
-    lonely = {".txt files": [p for p in files_of(folder, (".txt",)) if p.with_suffix("") not in shown]}
-    lonely["crops of subjects"] = [crops[key] for key in crops.keys() - set(map(subject_key, images))]
-    for what, files in lonely.items():
-        if files:
+    subjects = sorted({*pictures} - {*images}, key=lambda p: (-SUFFIXES.index(p.suffix.lower()), p))
+    crops = {p.with_name(p.stem[: -len(SUBJECT)]): p for p in subjects if p.stem.lower().endswith(SUBJECT)}
+    captions = {p for p in files_of(folder, (".txt",)) if p.with_suffix("") not in shown}
+    for what, lonely in (".txt files", captions), ("crops of subjects", {*subjects} - {*map(crops.get, shown)}):
+        if lonely:
             known = ", ".join(SUFFIXES)
-            log.warning("No picture (%s) stands beside %d %s, such as %s.", known, len(files), what, min(files).name)
+            log.warning("No picture (%s) stands beside %d %s, such as %s.", known, len(lonely), what, min(lonely).name)
     for image in images:
-        crop = crops.get(subject_key(image))
+        crop = crops.get(image.with_suffix(""))
         yield str(image.relative_to(folder)), lambda image=image, crop=crop: folder_record(image, crop)
-
-
-def is_crop(picture: Path) -> bool:
-    return picture.stem.lower().endswith(SUBJECT)
-
-
-def subject_key(picture: Path) -> tuple[Path, str]:
-    """What a picture and the crop of its subject have in common."""
-    return picture.parent, picture.stem.lower().removesuffix(SUBJECT)
 
 
 def folder_record(image: Path, crop: Path | None) -> dict[str, Any]:
@@ -128,6 +117,8 @@ def line_record(line: bytes, folder: Path) -> dict[str, Any]:
     if unknown := sorted(record.keys() - {"image", "caption", "box", "crop"}):
         raise ValueError(f"unknown keys {', '.join(unknown)}")
     crop = record.get("crop")
+    if crop and record.get("box"):
+        raise ValueError("the subject is given by a box and by a crop: leave one of them out")
     if not isinstance(crop, (str, type(None))):
         raise ValueError(f"the crop {crop} is no name of a file")
     return {**record, "image": folder / record["image"], "crop": folder / crop if crop else None}
@@ -138,8 +129,6 @@ def make_entry(record: dict[str, Any], config: TrainingConfig) -> Entry:
     caption = config.subject_caption(record["caption"])
     caption.encode()  # half an emoji is no text
     size, crop = picture_size(record["image"]), record["crop"]
-    if crop and record.get("box"):
-        raise ValueError("the subject is given by a box and by a crop: leave one of them out")
     if crop is not None:
         picture_size(crop)
     return Entry(record["image"], caption, size, check_box(record.get("box"), size), crop)

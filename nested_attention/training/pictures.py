@@ -20,7 +20,7 @@ Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # also under another's suffix; others run programs
-TURNS_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")  # what of a PNG's header may tell an orientation
+XMP = "XML:com.adobe.xmp"
 MOST_PIXELS, MOST_ASPECT = 100_000_000, 20
 
 
@@ -55,8 +55,9 @@ def picture_size(source: Source) -> Size:
         width, height = image.size
         if image.format == "TIFF":
             width, height = image.tag_v2[256], image.tag_v2[257]  # some versions of Pillow have turned its size already
-        known = image.format != "PNG" or any(key in image.info for key in TURNS_PNG)  # or Pillow would read all of it
-        if known and image.getexif().get(0x0112, 1) >= 5:  # orientations that swap the sides
+        told = {*image.info} & {"exif", "Raw profile type exif"} or "Orientation" in str(image.info.get(XMP))
+        known = image.format != "PNG" or told  # or Pillow would read all of it to look for one
+        if known and image.getexif().get(0x0112) in range(5, 9):  # orientations that swap the sides
             width, height = height, width
     if width * height > MOST_PIXELS:
         raise ValueError(f"the picture of {width} x {height} pixels is too large: make it smaller")
@@ -125,11 +126,16 @@ def cover(image: Tensor, size: Size) -> Tensor:
     return rearrange(resized[..., top : top + size[1], left : left + size[0]], "b c h w -> b h w c")
 
 
+def within(size: Size, side: int) -> Size:
+    """This size, smaller if one of its sides is longer."""
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def at_most(image: Tensor, side: int) -> Tensor:
     """The picture, smaller if one of its sides is longer than this."""
-    h, w = image.shape[1:3]
-    scale = side / max(h, w)
-    return image if scale >= 1 else cover(image, (max(1, round(w * scale)), max(1, round(h * scale))))
+    size = (image.shape[2], image.shape[1])
+    return image if within(size, side) == size else cover(image, within(size, side))
 
 
 def cut(image: Any, box: Box) -> Any:

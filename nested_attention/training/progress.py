@@ -30,6 +30,8 @@ class Progress:
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         try:
             write_atomically(folder / "loss.jsonl", lambda file: file.write(text.encode()))
+            if not self.lines:  # an empty file fits on a full disk
+                self.draw()
             self.board = tensorboard(folder, step)
         except OSError as error:
             raise TrainingError(

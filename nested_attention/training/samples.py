@@ -15,7 +15,19 @@ from torch import Tensor
 
 from .config import TrainingConfig, TrainingError
 from .entries import Entry
-from .pictures import Size, at_most, bucket_sizes, cover, cut, nearest_bucket, pixels_of, read_image, reduced, vary
+from .pictures import (
+    Size,
+    at_most,
+    bucket_sizes,
+    cover,
+    cut,
+    nearest_bucket,
+    pixels_of,
+    read_image,
+    reduced,
+    vary,
+    within,
+)
 from .troubles import BROKEN, BrokenEntry, Troubles
 
 CROP_SIDE = 1024  # several times what image encoders see; photos of a camera would fill the memory
@@ -146,7 +158,7 @@ class Reader:
             sizes = "{} x {} pixels, not {} x {}".format(*image.size, *entry.size)
             raise ValueError(f"it is {sizes} as before or as its header says (without an orientation?): save it anew")
         crop = read_image(entry.crop) if entry.crop else cut(image, entry.box) if entry.box else image
-        crop = at_most(pixels_of(reduced(crop, (CROP_SIDE, CROP_SIDE))), CROP_SIDE)
+        crop = at_most(pixels_of(reduced(crop, within(crop.size, CROP_SIDE))), CROP_SIDE)
         if config.augment:
             crop = vary(crop, config.augment, row.generator("vary"))
         no_caption, no_subject = torch.rand(2, generator=row.generator("dropout")).tolist()

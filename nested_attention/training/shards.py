@@ -121,7 +121,7 @@ def shard_record(parts: list[Member]) -> dict[str, Any]:
     if not isinstance(caption, str):
         raise ValueError('no caption (expected a .txt, or a .json with "caption")')
     crop = next((named[f".subject{suffix}"] for suffix in SUFFIXES if f".subject{suffix}" in named), None)
-    return {"image": image, "caption": caption, "crop": crop, "box": facts.get("box")}
+    return {"image": image, "caption": caption, "crop": crop, "box": None if crop else facts.get("box")}
 
 
 def text_of(data: bytes, name: str) -> str:

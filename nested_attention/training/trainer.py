@@ -275,16 +275,17 @@ class Trainer:
         Raises TrainingError where it is of another adapter, or began from another one.
         """
         began, start = state["settings"].get("start_from", ""), self.config.record()["start_from"]
-        another = state.get("start") not in (None, self.start)
-        if start and (start != began or another):
-            before = f"another {began}" if start == began else began or "a fresh adapter"
+        if start not in ("", began):
             raise TrainingError(
-                f"The training in {self.checkpoint.parent} began from {before}, not from {start}. Choose another "
-                "output folder (of the node: name) to begin from it."
+                f"The training in {self.checkpoint.parent} began from {began or 'a fresh adapter'}, not from {start}. "
+                "Choose another output folder (of the node: name) to begin from it."
             )
-        self.start = state.get("start", self.start)
         self.config = replace(self.config, start_from=began)  # which its record goes on to tell
         different = changed(state["settings"], self.config)
+        known = state.get("start") or self.start
+        if start and known != self.start:
+            different.append(f"another {start} to start from")
+        self.start = known
         if state["entries"] != self.reader.fingerprint:
             different.append("other entries in the data")
         else:

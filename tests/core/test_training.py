@@ -152,18 +152,23 @@ def test_going_on_with_other_settings_is_said(tmp_path, caplog, schedule, now, s
     assert ("goes on with other settings than it had: " + said in caplog.text) if said else not caplog.records
 
 
-def test_a_start_that_would_be_left_out_is_refused(tmp_path):
-    """A run goes on from its checkpoint, wherever it was to begin."""
+def test_a_start_that_would_be_left_out_is_refused(tmp_path, caplog):
+    """A run goes on from its checkpoint, wherever it was to begin; of another file of the same name it is said."""
     make_trainer(settings(tmp_path, steps=4, start_from="old/a.safetensors")).run()
     for start in ("", "new/a.safetensors"):
         again = make_trainer(settings(tmp_path, steps=5, start_from=start))
         assert again.run() and again.config.record()["start_from"] == "a.safetensors"
     with pytest.raises(TrainingError, match="began from a.safetensors, not from b.safetensors"):
         make_trainer(settings(tmp_path, steps=6, start_from="b.safetensors")).run()
-    other = make_trainer(settings(tmp_path, steps=6, start_from="other/a.safetensors"))
-    other.start = "the fingerprint of other weights"
-    with pytest.raises(TrainingError, match="began from another a.safetensors, not from a.safetensors"):
-        other.run()
+    assert not caplog.records
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    for start, said in ((None, ""), ("that of other weights", "another a.safetensors to start from")):
+        save_checkpoint(
+            tmp_path / "checkpoint.pt", {k: v for k, v in {**state, "start": start}.items() if v is not None}
+        )
+        assert make_trainer(settings(tmp_path, steps=6, start_from="other/a.safetensors")).run()
+        assert caplog.text.endswith(f"it had: {said}. Another output (of the node: name) begins anew.\n") if said else 1
+        assert bool(caplog.records) == bool(said)
 
 
 @contextmanager
@@ -201,10 +206,12 @@ def test_a_full_disk_stops_or_is_counted(tmp_path, caplog):
 
 
 def test_a_full_disk_at_the_start_is_named(tmp_path):
-    make_trainer(settings(tmp_path, steps=3)).run()
-    with full_disk(at=10), pytest.raises(TrainingError, match=f"folder {tmp_path} cannot be written: .* Make room"):
-        make_trainer(settings(tmp_path, on_error="skip")).run()
-    assert len(losses(tmp_path)) == 3
+    """Of a fresh training, and of one that goes on."""
+    for steps in (0, 3):
+        with full_disk(at=10), pytest.raises(TrainingError, match=f"folder {tmp_path} cannot be written: .* Make room"):
+            make_trainer(settings(tmp_path, on_error="skip")).run()
+        assert len(losses(tmp_path)) == steps
+        make_trainer(settings(tmp_path, steps=3)).run()
 
 
 @pytest.mark.parametrize("content", ["hello", "cut", "", "pickle"])
@@ -213,7 +220,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
     save_checkpoint(path, {"step": 1, "settings": {}, "weight": torch.zeros(5000)})
     whole = path.read_bytes()
     path.write_bytes({"hello": b"hello", "cut": whole[:5000], "pickle": b"\x80\x04."}.get(content, b""))
-    with pytest.raises(ValueError, match="checkpoint.pt cannot be read .* Delete it, or choose another output"):
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read .* choose another output to begin anew"):
         make_trainer(settings(tmp_path)).run()
 
 

@@ -40,6 +40,7 @@ def test_only_the_whole_word_is_the_subject():
     assert config.subject_caption("personal items of a Person, a person") == "personal items of a <person>, a person"
     for caption in ("a photo of <Person>", "a photo of Person", "a photo of <person>"):
         assert config.subject_caption(caption) == "a photo of <person>"
+    assert config.subject_caption("a person's portrait, <Person>") == "a person's portrait, <person>"
     with pytest.raises(ValueError, match="'a personal trainer' holds neither <person> nor the word person"):
         config.subject_caption("a personal trainer")
 

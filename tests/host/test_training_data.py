@@ -146,6 +146,11 @@ XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 
 
+def test_an_orientation_that_is_none_turns_nothing(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "odd.jpg", exif=EXIF.replace(b"\x01\0\x06", b"\x01\0\x09"))
+    assert picture_size(tmp_path / "odd.jpg") == (40, 20) and read_picture(tmp_path / "odd.jpg").shape == (1, 20, 40, 3)
+
+
 @pytest.mark.parametrize("kind", ["jpg", "tiff", "webp", "eXIf", "text", "XMP"])
 def test_pictures_that_lie_on_their_side(tmp_path, kind):
     """The header's size, which bucket and box are of, is that of the picture which is read."""
@@ -175,15 +180,18 @@ def test_an_orientation_after_the_pixels_is_named(tmp_path):
 
 
 def test_crops_of_other_case_and_of_nobody(tmp_path, caplog):
-    """Else the adapter would learn from whole pictures, and nobody know."""
+    """Else the adapter would learn from whole pictures, and nobody know; names differ where the file system's do."""
     make_data(tmp_path, count=2)
-    for name in ("0.Subject.PNG", "o1.subject.png", "a.subject.of.note.png"):
-        save_picture(tmp_path / "data" / name, 9, size=(16, 24))
-    (tmp_path / "data" / "a.subject.of.note.txt").write_text("a person")
+    data = tmp_path / "data"
+    for name in ("0.Subject.PNG", "1.subject.2.png", "o1.subject.png", "aB.png", "Ab.png", "Ab.subject.png"):
+        save_picture(data / name, 9, size=(16, 24))
+    for name in ("aB.txt", "Ab.txt"):
+        (data / name).write_text("a person")
     entries = read_dataset(settings(tmp_path), Troubles("stop"))
     crops = {e.image.name: e.crop and e.crop.name for e in entries}
-    assert crops == {"0.png": "0.Subject.PNG", "1.png": None, "a.subject.of.note.png": None}
-    assert "stands beside 1 crops of subjects, such as o1.subject.png." in caplog.text
+    expected = {"0.png": "0.Subject.PNG", "1.png": None, "aB.png": None, "Ab.png": "Ab.subject.png"}
+    assert crops == ({**expected, "aB.png": "Ab.subject.png"} if (data / "ab.PNG").exists() else expected)
+    assert "stands beside 2 crops of subjects, such as 1.subject.2.png." in caplog.text
 
 
 def test_captions_that_are_not_utf_8_are_named(tmp_path):
