@@ -238,9 +238,8 @@ makes it again.
 - **Identity**: of hair or headgear, its color, skin, glasses and beard (of a pet: kind, fur, markings, their color and,
   where they are open, eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often the
   right one of 50 fits best to what the judge sees; the others are those of the 199 held out who are most alike; a tie
-  counts as found. **Prompt**:
-  of expression, clothes, their color and the background (of a pet: mood, what it wears and the background), the part
-  that is as asked.
+  counts as found. **Prompt**: of expression, clothes, their color and the background (of a pet: mood, what it wears and
+  the background), the part that is as asked.
 - **Who**: {cases} people and pets who were in no training, and by whom nothing about this model was chosen. They are
   new combinations of known attributes, picked by chance among all.
 - The judge is a network of its own, trained for {judge[steps]} steps of {judge[batch]} on rendered pictures of those
