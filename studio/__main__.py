@@ -89,7 +89,7 @@ def size(given: argparse.Namespace, part: str) -> dict[str, int]:
 def made_by(given: argparse.Namespace) -> str:
     """The command that makes the same from nothing."""
     lengths = [(name, *each) for name in ("steps", "batch") for each in getattr(given, name).items()]
-    return " ".join(["python -m studio", *(f"--{name} {part}={n}".replace(" =", " ") for name, part, n in lengths)])
+    return " ".join(["python -m studio", *(f"--{name} {part}{'=' if part else ''}{n}" for name, part, n in lengths)])
 
 
 def pictures(given: argparse.Namespace) -> None:

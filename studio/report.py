@@ -28,6 +28,7 @@ IN_SHORT = {
     "told": "told in words, no photo",
     "ceiling": "the judge on real pictures",
 }
+PAGE = Path(__file__).with_name("page.md")  # its text, with places for the tables
 BEGIN, END = "<!-- scores, by python -m studio evidence -->", "<!-- end of scores -->"
 COLORS = {"nested": "#d6336c", "decoupled": "#1c7ed6", "single": "#f08c00"}
 SCORES = {"identity": "identity", "retrieved": "found among 50", "prompt": "prompt"}
@@ -61,7 +62,7 @@ def report(results: Path, docs: Path) -> Path:
         "drawing": apart(found["drawing"], [(found["drawing"], ["as it is"])]),
     }
     findings, tops = results / "findings.md", json.loads((results / "concentration.json").read_text())
-    page = PAGE.format(
+    page = PAGE.read_text(encoding="utf-8").format(
         **{name.replace("-", "_"): text for name, text in tables.items()},
         **{f"{name}_apart": text for name, text in differences.items()},
         seeds=lines(by_seed(seeds["people"]), ["method", "seed", *SCORES.values()]),
@@ -222,131 +223,3 @@ def plot(pooled: Pooled, path: Path) -> None:
     axes.grid(alpha=0.2)
     figure.tight_layout()
     figure.savefig(path)
-
-
-PAGE = """# Evidence
-
-Is it the same one, and does the picture do what the prompt says? Measured with the small model that comes with the
-pack, on people and pets who were in no training. `python -m studio judge rivals ablations evidence report` makes this
-page; the scores behind it, and the settings they are of, lie in `studio/results/`, from which `python -m studio report`
-makes it again.
-
-{findings}
-
-## How it is measured
-
-- **Identity**: of hair or headgear, its color, skin, glasses and beard (of a pet: kind, fur, markings, their color and,
-  where they are open, eyes), the part that a judge reads off the picture rightly. **Found among 50**: how often the
-  right one of 50 fits best to what the judge sees; the others are those of the 199 held out who are most alike; a tie
-  counts as found. **Prompt**: of expression, clothes, their color and the background (of a pet: mood, what it wears and
-  the background), the part that is as asked.
-- **Who**: {cases} people and pets who were in no training, and by whom nothing about this model was chosen. They are
-  new combinations of known attributes, picked by chance among all.
-- The judge is a network of its own, trained for {judge[steps]} steps of {judge[batch]} on rendered pictures of those
-  who are trained on. What it scores on **real pictures**, the very same ones doing just what the prompts ask, drawn by
-  what drew the training's pictures, is the ceiling; with somebody who is read more easily, or by chance, a model may
-  score a bit more. **Told in words** is the base model alone, with a prompt that names all that is scored: the most
-  that words can do.
-- All ways were trained for {full[steps]} steps of {full[settings][batch]} on the same pairs with the same settings,
-  which were chosen for nested attention, after {start} steps of a warm start in which the Q-Former learns to give for a
-  photo the text states of a caption that tells all; the same one for each number of tokens. The word's values are
-  larger, and learn faster, in heads that give it less than 15 % of their attention (`value_share`), with nested
-  attention and the single token; decoupled attention passes through no word.
-- In brackets the 95 % interval of the mean (bootstrap over the cases; Wilson's where each was found or not). It is of
-  chance among cases; of chance in training the two seeds give an idea, which share base and warm start. Differences are
-  taken case by case: the same person, prompt and noise; after them, in how many cases the score is higher/lower. With
-  fewer than six on one side and none on the other, chance alone does it more often than one time in twenty (sign test),
-  whatever the interval says.
-
-## One person, against other ways
-
-*Nested attention* is this pack's node: 32 tokens, the image encoder's last layer, `norm` off, `value_share` 0.15.
-*Decoupled cross-attention* is IP-Adapter's way: attention over the same Q-Former's tokens is added to the text's
-everywhere. *Single token* is one value for the word in each layer, the same at every place. Each was trained twice,
-from two seeds, after one warm start for each number of tokens; a case's score is the mean of the two.
-
-{people}
-
-![Identity against prompt over the strength](evidence.png)
-
-By how much nested attention is above the others:
-
-{people_apart}
-
-One by one, at strength 1, first who it is, then what the prompt asks for:
-
-{one_by_one}
-
-By the seed of the training, at strength 1; the adapter of seed 0 ships:
-
-{seeds}
-
-The first six people:
-
-![Six people, drawn in all ways](people.png)
-
-## One pet
-
-{pets}
-
-{pets_apart}
-
-{one_by_one_pets}
-
-## A person and a pet in one picture
-
-Each scored apart, with one photo of each; with and without
-competition between the subjects for each place, and a region for each (left, right).
-
-{pairs}
-
-{pairs_apart}
-
-![Six pairs, drawn in all ways](pairs.png)
-
-## Two people in one picture
-
-The same class twice: one adapter, one photo of each, and one prompt with a word of its own for each, as in
-`workflows/two_people.json`; with and without competition, and a region for each (left, right). Each of the two is
-scored apart, cut out of one of {pairs_of_people} pictures and enlarged to the size that the judge knows; a picture's
-score is the mean of the two.
-
-{two_people}
-
-{two_people_apart}
-
-![Six pairs of people, drawn in all ways](two_people.png)
-
-## Choices of training
-
-Each trained for {part[steps]} steps after the warm start, if not said otherwise, and drawn at strength 1.
-
-{training}
-
-{training_apart}
-
-## Choices of drawing
-
-The person adapter that ships, at strength 1. *All places alike* sets the adapter's keys to zero: then every place sees
-the mean of all nested values, and nothing is looked up.
-
-{drawing}
-
-{drawing_apart}
-
-![Six people, drawn with all choices](drawing.png)
-
-How much of the nested attention the largest of its 32 tokens have, over all places of all layers at the last step, mean
-over heads, for {people_inside} people. The warm start fills up what no attribute needs with the plain noun, so that the
-32 of a person are {fewest} to {most} distinct ones (alike is what differs by less than a twentieth of its length):
-
-{concentration}
-
-## Inside
-
-One held-out person: where the word is attended, what it looks up at every place against the one value that it would be
-without nesting, which tokens three points look at, and what those looked at in the photo. The two largest tokens of a
-point may be two of the plain noun's, which say nothing of this person.
-
-![Attention, values, tokens at points, and what they looked at](inside.png)
-"""

@@ -55,18 +55,23 @@ def read_dataset(config: TrainingConfig, troubles: Troubles) -> list[Entry]:
 
 def records(path: Path) -> Records:
     """Raises TrainingError where there is nothing of the kind."""
-    shards = files_of(path, (".tar",)) if path.is_dir() else expand(path) if path.suffix.lower() == ".tar" else []
+    if path.is_dir():
+        found = files_of(path, (".tar", *SUFFIXES))
+    else:
+        found = expand(path) if path.suffix.lower() == ".tar" else []
+    shards = [p for p in found if p.suffix.lower() == ".tar"]
+    pictures = [p for p in found if p.suffix.lower() != ".tar"]
     lines = path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson")
-    if not (lines or any(shard.exists() for shard in shards) or (path.is_dir() and files_of(path, SUFFIXES))):
+    if not (lines or pictures or any(shard.exists() for shard in shards)):
         raise TrainingError(
             f"There is no data at {path}: expected a folder of pictures, a .jsonl file, or .tar shards."
         )
-    return found_records(path, shards)
+    return found_records(path, shards, pictures)
 
 
-def found_records(path: Path, shards: Sequence[Path]) -> Records:
+def found_records(path: Path, shards: Sequence[Path], pictures: Sequence[Path]) -> Records:
     if path.is_dir():
-        yield from folder_records(path)
+        yield from folder_records(path, pictures)
     elif not shards:
         yield from line_records(path)
     for shard in shards:
@@ -81,8 +86,8 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     )
 
 
-def folder_records(folder: Path) -> Records:
-    pictures = files_of(folder, SUFFIXES)
+def folder_records(folder: Path, pictures: Sequence[Path]) -> Records:
+    """Of all its pictures, crops of subjects among them."""
     images = [p for p in pictures if f"{SUBJECT}." not in p.name.lower()]
     shown = {p.with_suffix("") for p in images}
     subjects = sorted({*pictures} - {*images}, key=lambda p: (-SUFFIXES.index(p.suffix.lower()), p))

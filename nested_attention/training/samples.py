@@ -158,10 +158,11 @@ class Reader:
             sizes = "{} x {} pixels, not {} x {}".format(*image.size, *entry.size)
             raise ValueError(f"it is {sizes} as before or as its header says (without an orientation?): save it anew")
         crop = read_image(entry.crop) if entry.crop else cut(image, entry.box) if entry.box else image
-        crop = at_most(pixels_of(reduced(crop, within(crop.size, CROP_SIDE))), CROP_SIDE)
+        whole, part = reduced(image, row.bucket), reduced(crop, within(crop.size, CROP_SIDE))
+        picture = pixels_of(whole)
+        crop = at_most(picture if part is whole else pixels_of(part), CROP_SIDE)  # the same numbers are made once
         if config.augment:
             crop = vary(crop, config.augment, row.generator("vary"))
         no_caption, no_subject = torch.rand(2, generator=row.generator("dropout")).tolist()
         caption = config.placeholder if no_caption < config.caption_dropout else entry.caption
-        picture = cover(pixels_of(reduced(image, row.bucket)), row.bucket)
-        return Sample(row, picture, crop, caption, entry.size, no_subject >= config.subject_dropout)
+        return Sample(row, cover(picture, row.bucket), crop, caption, entry.size, no_subject >= config.subject_dropout)

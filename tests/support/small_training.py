@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from small_models import make_clip, make_clip_vision, make_model
 
+from nested_attention.host.adapters import BoundSubject, LoadedAdapter
 from nested_attention.host.base import Base
+from nested_attention.subject import Subject
 from nested_attention.training.config import TrainingConfig
 from nested_attention.training.samples import Reader, Row, Sample
 from nested_attention.training.troubles import Troubles
@@ -66,9 +68,24 @@ def samples_of(reader: Reader, number: int = 0) -> list[Sample]:
     return [reader(row) for row in reader.plan.rows(number)]
 
 
+def bind(tokens: torch.Tensor, loaded: LoadedAdapter) -> BoundSubject:
+    return BoundSubject(Subject(tokens, loaded.fingerprint, loaded.name), loaded)
+
+
 def losses(config: TrainingConfig) -> dict[int, float]:
     lines = (Path(config.output) / "loss.jsonl").read_text().splitlines()
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
-__all__ = ["Row", "exact", "losses", "make_base", "make_data", "make_reader", "samples_of", "save_picture", "settings"]
+__all__ = [
+    "Row",
+    "bind",
+    "exact",
+    "losses",
+    "make_base",
+    "make_data",
+    "make_reader",
+    "samples_of",
+    "save_picture",
+    "settings",
+]
