@@ -30,6 +30,7 @@ COMFYUI_INSIDE = "/vendor/ComfyUI/"
 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = ("pytest>=8.3,<10", "ruff==0.17.6", "webdataset==1.0.2", "playwright>=1.50,<2", "matplotlib>=3.9,<4")
+SETUP_SPACE = 9e9  # bytes, of which pip needs a quarter for a while only
 BASE_FOLDERS = ("models", "input", "output", "user", "custom_nodes")
 
 
@@ -77,6 +78,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def check_space(folder: Path, needed: float, purpose: str) -> None:
+    """Raise SetupError where the disk of a folder has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SetupError(
+            f"{purpose} needs {needed / 1e9:.1f} GB, but the disk of {_shown(folder)} has {free / 1e9:.1f} GB free. "
+            "Make room there and run again; what is done already is kept."
+        )
+
+
 def _check_python() -> None:
     if sys.version_info < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
@@ -86,6 +97,7 @@ def _check_python() -> None:
 def _ensure_venv(folder: Path) -> Path:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not _has_pip(python):
+        check_space(folder.parent, SETUP_SPACE, "Setting up ComfyUI with PyTorch")
         say(f"Creating a virtual environment in {_shown(folder)}")
         _run(
             [sys.executable, "-m", "venv", "--clear", str(folder)],
@@ -185,7 +197,7 @@ def _ensure_requirements(host: Host) -> None:
     _run(
         [*pip, *TORCH, *TOOLS, "-r", str(listed)],
         "Installing the requirements failed (the reason stands above). "
-        "Check the network connection and the free disk space (about 8 GB), then run again.",
+        "Check the network connection and the free disk space (about 9 GB), then run again.",
     )
     stamp.write_text(wanted)
     say(f"  done in {time.monotonic() - started:.0f} s")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script, not imported
     sys.path[0] = str(ROOT)
 
-from scripts.environment import Host, SetupError, ensure_host, enter, say  # noqa: E402
+from scripts.environment import Host, SetupError, check_space, ensure_host, enter, say  # noqa: E402
 
 FILES = {
     "sd15": "checkpoints/generated-sd15.safetensors",
@@ -26,6 +26,8 @@ FILES = {
     "person-sdxl": "nested_attention/generated-person-sdxl.safetensors",
     "dog-sdxl": "nested_attention/generated-dog-sdxl.safetensors",
 }
+
+FOR_TESTS = ("sd15", "vit-h", "person-sd15", "person-sdxl")
 
 
 def paths(models: Path, names: Sequence[str]) -> list[Path]:
@@ -47,25 +49,26 @@ def ensure_weights(host: Host, *names: str) -> list[Path]:
 
 
 def write_missing(models: Path, names: Sequence[str]) -> None:
-    """Write those of the named files that are not there yet."""
-    for name, path in zip(names, paths(models, names), strict=True):
-        if path.is_file():
-            continue
+    """Write those of the named files that are not there yet. Raises SetupError without room for all of them."""
+    from scripts.random_weights import size, write_random
+
+    missing = [name for name, path in zip(names, paths(models, names), strict=True) if not path.is_file()]
+    contents = {name: _content(name) for name in missing}
+    models.mkdir(parents=True, exist_ok=True)
+    check_space(models, sum(size(shapes) for shapes, _ in contents.values()), "Generating the weights")
+    for name, content in contents.items():
         started = time.monotonic()
         say(f"Generating {FILES[name]}")
-        _write(name, path)
-        say(f"  {path.stat().st_size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
+        write_random(models / FILES[name], *content)
+        say(f"  {(models / FILES[name]).stat().st_size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
 
 
-def _write(name: str, path: Path) -> None:
+def _content(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and metadata of a file."""
     from scripts import adapter_shapes, architectures
-    from scripts.random_weights import write_random
 
     builders = {"sd15": architectures.sd15, "sdxl": architectures.sdxl, "vit-h": architectures.vit_h}
-    if name in builders:
-        write_random(path, builders[name]())
-    else:
-        write_random(path, *adapter_shapes.described(name))
+    return (builders[name](), {}) if name in builders else adapter_shapes.described(name)
 
 
 def main() -> None:
@@ -84,5 +87,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         sys.exit(f"Set-up failed: {error}")

@@ -53,6 +53,11 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: str) -> torch.Tensor:
     return torch.empty(shape).normal_(mean, deviation, generator=generator).to(torch.float16)
 
 
+def size(shapes: Shapes) -> int:
+    """Bytes of a file of these weights, but for the header."""
+    return BYTES_PER_VALUE * sum(map(math.prod, shapes.values()))
+
+
 def write_random(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file of random fp16 weights; the path exists only once the file is complete."""
 

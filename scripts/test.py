@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from scripts.environment import SetupError, ensure_host, say  # noqa: E402
+from scripts.generate_weights import FOR_TESTS, ensure_weights  # noqa: E402
 
 CORE_NEEDS = ("torch", "einops", "safetensors", "numpy", "PIL", "pytest", "ruff")
 
@@ -24,6 +25,8 @@ def main() -> int:
     python = _python(arguments.core)
     style = _run(python, "ruff", "check", ".") | _run(python, "ruff", "format", "--check", ".")
     selection = [] if arguments.slow else ["-m", "not slow"]
+    if not arguments.core and not passed_on:  # all of them: a disk too small is said now, not after twenty minutes
+        ensure_weights(ensure_host(), *FOR_TESTS, *["sdxl"] * arguments.slow)
     tests = _run(python, "pytest", "tests/core" if arguments.core else "tests", *selection, *passed_on)
     if style:
         say("The style check failed: see above, ahead of the tests.")

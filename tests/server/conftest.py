@@ -9,12 +9,12 @@ pytest.importorskip("aiohttp")
 from served import Studio
 
 from scripts.environment import ensure_host
-from scripts.generate_weights import ensure_weights
+from scripts.generate_weights import FOR_TESTS, ensure_weights
 
 
 @pytest.fixture(scope="session")
 def studio(server):
-    ensure_weights(ensure_host(), "sd15", "vit-h", "person-sd15", "person-sdxl")
+    ensure_weights(ensure_host(), *FOR_TESTS)
     return Studio(server, server.object_info())
 
 
