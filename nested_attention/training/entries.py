@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from .shards import expand, shard_records, text_of
 from .troubles import BROKEN, Troubles
 
 log = logging.getLogger("nested_attention")
+LEFT_OUT = (".", "__MACOSX")
 SUBJECT = ".subject"  # how the name of a crop ends, before its suffix
 
 Records = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # an entry's name, and what reads it
@@ -79,11 +81,21 @@ def found_records(path: Path, shards: Sequence[Path], pictures: Sequence[Path]) 
 
 
 def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """All files of these kinds in a folder, but hidden ones and what macOS leaves in archives."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(
-        p for p in found if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
-    )
+    """All files of these kinds in a folder and those it links to, but hidden ones and what macOS adds to archives."""
+    found, entered = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=say_left_out):
+        folders[:] = sorted(name for name in folders if not name.startswith(LEFT_OUT))
+        if (real := os.path.realpath(place)) in entered:  # a link to what holds it has no end
+            folders.clear()
+            continue
+        entered.add(real)
+        paths = (Path(place, name) for name in names if not name.startswith(LEFT_OUT))
+        found += [path for path in paths if path.suffix.lower() in suffixes]
+    return sorted(found)
+
+
+def say_left_out(error: OSError) -> None:
+    log.warning("A folder of the data is left out: %s.", error)
 
 
 def folder_records(folder: Path, pictures: Sequence[Path]) -> Records:

@@ -13,7 +13,7 @@ from small_training import make_base, make_data, make_reader, samples_of, save_p
 
 from nested_attention.host.train import split, train
 from nested_attention.training.config import TrainingError, from_arguments
-from nested_attention.training.entries import read_dataset
+from nested_attention.training.entries import files_of, read_dataset
 from nested_attention.training.pictures import cover, cut, picture_size, read_picture, reduced, vary
 from nested_attention.training.samples import Row
 from nested_attention.training.troubles import Troubles
@@ -267,6 +267,21 @@ def test_broken_files_in_a_folder(tmp_path, caplog):
     with pytest.raises(TrainingError, match="2.png"):
         strict = make_reader(entries, settings(tmp_path))
         [samples_of(strict, number) for number in range(3)]
+
+
+def test_folders_that_links_lead_to(tmp_path, caplog):
+    """Each is read once, though one leads back to what holds it; one that cannot be read is named."""
+    for i, folder in enumerate(("data", "elsewhere/deep")):
+        (tmp_path / folder).mkdir(parents=True)
+        save_picture(tmp_path / folder / f"{i}.png", i)
+    links = {"data/all": "elsewhere", "data/again": "elsewhere/deep", "elsewhere/round": "data"}
+    try:
+        for link, target in links.items():
+            (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system makes no links")
+    assert [path.name for path in files_of(tmp_path / "data", (".png",))] == ["0.png", "1.png"]
+    assert not files_of(tmp_path / "gone", (".png",)) and "gone" in caplog.text
 
 
 def test_a_broken_picture_alone_in_its_bucket(base, tmp_path, caplog):
