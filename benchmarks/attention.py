@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.measure import MB, RESULTS, in_turn, machine, peak_bytes, spread, table, write_results  # noqa: E402
+from benchmarks.measure import MB, in_turn, machine, peak_bytes, results_file, spread, table, write_results  # noqa: E402
 from nested_attention.attention import (  # noqa: E402
     NestedToken,
     has_fused_lse,
@@ -230,7 +230,9 @@ def main() -> None:
     pairs = list(zip(cases, results, strict=True))
     print("Times as ratios to the floor:\n\n" + table([time_row(*pair) for pair in pairs]))
     print("\nMemory beyond the inputs, MB:\n\n" + table([memory_row(*pair) for pair in pairs]))
-    write_results(arguments.output or RESULTS / f"attention-{device.type}.json", machine=about, cases=results)
+    write_results(
+        arguments.output or results_file(f"attention-{device.type}", arguments.quick), machine=about, cases=results
+    )
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ def in_turn(calls: Mapping[str, Call], repetitions: int, warm_up: int = 2) -> di
     return times
 
 
+def results_file(name: str, quick: bool) -> Path:
+    """Where a benchmark's results go that are not asked for elsewhere; quick ones never in the place of full ones."""
+    return RESULTS / f"{name}{'-quick' if quick else ''}.json"
+
+
 def spread(times: Sequence[float]) -> float:
     """Distance of the quartiles, as a part of the median."""
     if len(times) < 4:

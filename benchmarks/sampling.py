@@ -37,7 +37,7 @@ import comfy.supported_models  # noqa: E402
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 
-from benchmarks.measure import RESULTS, machine, now, seconds, spread, table, write_results  # noqa: E402
+from benchmarks.measure import machine, now, results_file, seconds, spread, table, write_results  # noqa: E402
 from nested_attention.adapter import AdapterConfig, NestedAdapter  # noqa: E402
 from nested_attention.host import KEY  # noqa: E402
 from nested_attention.host.adapters import LoadedAdapter  # noqa: E402
@@ -165,7 +165,7 @@ def rows(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
             "variant": variant,
             "step s": statistics.median(taken),
             "ratio": f"{statistics.median(taken) / plain:.3f}",
-            "spread": f"{spread(taken):.0%}",
+            "spread": f"{spread(taken):.0%}" if len(taken) > 3 else "–",
         }
         for variant, taken in times.items()
     ]
@@ -199,7 +199,9 @@ def main() -> None:
                 lines += rows(name, measure_steps(model, adapter, latent, runs))
         projection = projection_seconds(model, adapter, runs)
     print(table(lines) + f"\n\nProjecting the nested keys and values of a subject, once a run: {projection:.2f} s")
-    output = arguments.output or RESULTS / f"sampling-{arguments.model}-{'cuda' if cuda else 'cpu'}.json"
+    output = arguments.output or results_file(
+        f"sampling-{arguments.model}-{'cuda' if cuda else 'cpu'}", arguments.quick
+    )
     write_results(output, machine=about, steps=lines, projection_s=projection)
 
 

@@ -83,7 +83,7 @@ class ApplySubject(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Keep the subject's keys and values in the computer's memory and fetch them layer by "
-                    "layer: slower, and for SDXL 0.35 GB of GPU memory less for each photo of each subject.",
+                    "layer: slower, and for SDXL 0.34 GB of GPU memory less for each photo of each subject.",
                 ),
                 io.Float.Input(
                     "competition",

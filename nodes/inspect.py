@@ -30,7 +30,7 @@ class RecordAttention(io.ComfyNode):
                     "steps",
                     default="all",
                     tooltip="Which steps: all, last, numbers from 1, or ranges: 1-4, 10, last. Values and points are "
-                    "shown of the last one. Fewer cost less time.",
+                    "shown of the last at which the subject acts. Fewer cost less time.",
                 ),
                 io.String.Input(
                     "layers",

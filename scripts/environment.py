@@ -7,6 +7,7 @@ variable COMFYUI_PATH takes the place of the fetched one; nothing is written int
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -71,6 +72,11 @@ def enter(host: Host) -> None:
         sys.exit(subprocess.call(command))
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def take_no_options(description: str) -> None:
+    """Answer --help, and refuse any other argument of a script that has none."""
+    argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def say(text: str) -> None:

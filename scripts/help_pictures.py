@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from scripts.environment import ensure_host, enter, say  # noqa: E402
+from scripts.environment import ensure_host, enter, say, take_no_options  # noqa: E402
 
 TARGET = ROOT / "web" / "docs" / "images"
 PHOTOS = ("studio_person.png", "studio_person_2.png", "studio_pet.png", "astronaut.png", "chelsea.png")
@@ -185,6 +185,7 @@ SHEETS = {
 
 
 def main() -> None:
+    take_no_options(__doc__)
     host = ensure_host()
     enter(host)
     from PIL import Image

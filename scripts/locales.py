@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script, not imported
     sys.path[0] = str(ROOT)
 
-from scripts.environment import ensure_host, enter  # noqa: E402
+from scripts.environment import ensure_host, enter, take_no_options  # noqa: E402
 
 LOCALES = ROOT / "locales"
 
@@ -57,6 +57,7 @@ async def schemas_of_pack() -> list[Any]:
 
 
 def main() -> None:
+    take_no_options(__doc__)
     host = ensure_host()
     enter(host)
     sys.path.insert(1, str(host.comfyui))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ KNOWN = ("--cached", "--others", "--exclude-standard")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     names = shipped_files()
     pack(ARCHIVE, names)
     megabytes = ARCHIVE.stat().st_size / 1e6

@@ -18,13 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from scripts.environment import Host, SetupError, ensure_host, enter, say  # noqa: E402
+from scripts.environment import Host, SetupError, ensure_host, enter, say, take_no_options  # noqa: E402
 
 WORKFLOW = ROOT / "workflows" / "quickstart.json"
 PICTURE = ROOT / "output" / "quickstart.png"
 
 
 def main() -> None:
+    take_no_options(__doc__)
     signal.signal(signal.SIGTERM, _leave)
     host = ensure_host()
     enter(host)

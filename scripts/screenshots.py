@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from scripts.environment import SetupError, ensure_host, enter, say  # noqa: E402
+from scripts.environment import SetupError, ensure_host, enter, say, take_no_options  # noqa: E402
 
 if TYPE_CHECKING:
     from scripts.browser import Canvas
@@ -60,6 +60,7 @@ SAYS = {
 
 
 def main() -> None:
+    take_no_options(__doc__)
     enter(ensure_host())
     from scripts.browser import BrowserError
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from scripts.environment import ensure_host, enter, say  # noqa: E402
+from scripts.environment import ensure_host, enter, say, take_no_options  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +45,7 @@ BYPASSED = {"LoraLoader": ("model", "clip"), "ControlNetApplyAdvanced": ("positi
 
 
 def main() -> None:
+    take_no_options(__doc__)
     host = ensure_host()
     enter(host)
     from PIL import Image

@@ -23,9 +23,9 @@ const WORDS = {
 
 const words = () => WORDS[app.extensionManager.setting.get("Comfy.Locale")] ?? WORDS.en
 
-/** "0.4,0.3; 0.5,0.6" to [[0.4, 0.3], [0.5, 0.6]]; what is no point is left out. */
+/** "0.4,0.3; 0.5,0.6" to [[0.4, 0.3], [0.5, 0.6]]; full-width marks too; what is no point is left out. */
 function parse(text) {
-    const pairs = text.split(";").map((part) => part.split(",").map(parseFloat))
+    const pairs = text.normalize("NFKC").split(";").map((part) => part.split(",").map(parseFloat))
     return pairs.filter((pair) => pair.length === 2 && pair.every(Number.isFinite))
 }
 

@@ -258,8 +258,8 @@ def add_placeholder(clip: Any, placeholder: str, class_word: str, learned: Mappi
 def check_placeholder(placeholder: str, known: SubjectTokenizer) -> None:
     if not placeholder or re.search(r"[\s()\\:,]", placeholder):
         raise ValueError(
-            f"'{placeholder}' cannot be a placeholder: write one word without spaces, commas, colons or parentheses, "
-            "such as <person>."
+            f"'{placeholder}' cannot be a placeholder: write one word without spaces, commas, colons, parentheses or "
+            "backslashes, such as <person>."
         )
     if placeholder in known.tokens:
         raise ValueError(

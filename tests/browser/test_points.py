@@ -58,8 +58,9 @@ def test_keys_are_the_pickers(inspected):
     """Undo takes points back and changes no graph behind it; Escape closes it and changes nothing."""
     points, before = inspected.widget(NODE, "points"), inspected.widget(NODE, "points").input_value()
     inspected.page.evaluate("id => { window.app.graph.getNodeById(id).mine = true }", NODE)
-    inspected.set(NODE, "points", "0.1,0.2")
+    inspected.set(NODE, "points", "0.1，0.2")  # a Chinese keyboard's comma
     dialog = pick(inspected)
+    expect(dialog.locator("div button")).to_have_count(1)
     expect(dialog.locator("img")).to_be_visible()
     dialog.locator("img").click(position={"x": 20, "y": 20})
     inspected.page.keyboard.press("Control+z")
@@ -74,7 +75,7 @@ def test_keys_are_the_pickers(inspected):
     assert inspected.page.evaluate("id => window.app.graph.getNodeById(id).mine", NODE)
     inspected.page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
-    assert points.input_value() == "0.1,0.2" != before
+    assert points.input_value() == "0.1，0.2" != before
     pick(inspected).locator("img").click(position={"x": 20, "y": 20})
     inspected.page.keyboard.press("Control+z")
     dialog.get_by_text("Done").click()
