@@ -230,14 +230,15 @@ def test_a_clip_whose_model_another_node_replaced(base_model, base_clip, person)
     assert clip.cond_stage_model is moved.patcher.model
 
 
-def test_a_clip_of_one_encoder_with_the_tokenizer_of_two(base_model, person):
-    """SDXL's refiner."""
+@pytest.mark.parametrize("family, encoder", [("SDXLRefiner", "g"), ("SD20", "h")])
+def test_a_clip_of_one_encoder(base_model, person, family, encoder):
+    """The refiner's tokenizer is one for two."""
     small = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
-    options = {"clip_g_model_config": {**small, "projection_dim": 64}}
-    target = comfy.supported_models.SDXLRefiner({}).clip_target()
+    options = {f"clip_{encoder}_model_config": {**small, "projection_dim": 64}}
+    target = getattr(comfy.supported_models, family)({}).clip_target()
     clip = apply(base_model, comfy.sd.CLIP(target, embedding_directory=None, model_options=options), person)
     assert columns(encode(clip, "an <anna>")) == [(0, "<anna>", 2, 1.0)]
-    assert describe_prompt(clip, "an <anna>").startswith("CLIP-G section 1: 1:an 2:<anna>(as person)")
+    assert describe_prompt(clip, "an <anna>").startswith(f"CLIP-{encoder.upper()} section 1: 1:an 2:<anna>(as person)")
 
 
 def test_tokens_can_be_copied(clip):
