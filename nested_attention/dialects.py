@@ -53,9 +53,9 @@ def canonical(
         return AdapterConfig.from_json(metadata[METADATA_KEY]), tensors
 
     prefix = resampler_prefix(tensors)
-    resampler = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    resampler = {k: v for k, v in resampler.items() if prefix or RESAMPLER_NAMES.fullmatch(k)}
-    pairs = projection_pairs({k: v for k, v in tensors.items() if k.removeprefix(prefix) not in resampler})
+    inside = {k for k in tensors if (k.startswith(prefix) if prefix else RESAMPLER_NAMES.fullmatch(k))}
+    resampler = {k.removeprefix(prefix): v for k, v in tensors.items() if k in inside}
+    pairs = projection_pairs({k: v for k, v in tensors.items() if k not in inside})
     config = infer_config(resampler, pairs)
     renamed = {f"resampler.{k}": v for k, v in resampler.items()}
     for i, (to_k, to_v) in enumerate(pairs):

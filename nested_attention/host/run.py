@@ -68,6 +68,14 @@ class Personalization:
     ledgers: tuple[Ledger, ...]
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        guider = executor.class_obj
+        conds, guider.conds = guider.conds, {**guider.conds}
+        try:
+            return self.sample(executor, *args, **kwargs)
+        finally:
+            guider.conds = conds  # some packs sample several times within one run of the host's
+
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         noise = args[0] if args else kwargs["noise"]
         strongest = max(subject.competition for subject in self.subjects)
         shown = [s for s in self.subjects if s.strength and s.start_percent < s.end_percent]

@@ -107,9 +107,10 @@ def nest(state):
     return nested
 
 
-def test_a_saved_training_module_brings_its_unet(adapter):
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_a_saved_training_module_brings_its_unet(adapter, wrapper):
     state = dialect(adapter, *DIALECTS["trainer"]) | {"unet.conv_in.weight": torch.zeros(1)}
-    same(adapter, build_adapter(state, {}))
+    same(adapter, build_adapter({wrapper + name: tensor for name, tensor in state.items()}, {}))
 
 
 def test_own_format_keeps_the_configuration(tmp_path):
@@ -231,6 +232,7 @@ def test_odd_contents(adapter):
         ({"latents": resampler["latents"].to("meta")}, "holds a Tensor"),
         ({**adapter.state_dict(), "module.resampler.latents": resampler["latents"]}, "weights twice"),
         ({"layers.9999999.0.to_q.weight": torch.ones(64, 64), **dialect(adapter, "", "k", "v")}, "does not fit"),
+        ({"proj_in.weight": torch.ones(3, 3), **dialect(adapter, "image_proj.", "k", "v")}, "`proj_in.weight`"),
     ):
         with pytest.raises(AdapterFileError, match=said):
             build_adapter(content, {})

@@ -169,13 +169,18 @@ def held(record):
 
 
 def test_a_record_keeps_its_limit():
-    """Maps before queries: they take the room of queries when there is no other, and are counted when lost."""
+    """Maps before queries: they take the room of queries when there is no other, and are counted when lost.
+
+    A layer whose queries were left out stays out, though it would fit again.
+    """
     record = Record(limit=10_000)
     for step in range(30):
         for layer in range(4):
             record.add_map(step, layer, 0, torch.rand(8, 8))
-            record.add_queries(layer, (8, 8), torch.rand(64, 10), 2, {0: torch.rand(10)})
+            width = (10, 10, 10, 8)[layer]
+            record.add_queries(layer, (8, 8), torch.rand(64, width), 2, {0: torch.rand(width)})
             assert record.used == held(record) <= record.limit
+        assert record.left_out == {0, 1, 2, 3} - {layer for layer, _ in record.queries}
         if step == 0:
             assert record.left_out == {3} and not record.lost
     assert len(record.maps) == 39 and record.lost == 81 and not record.queries
@@ -196,7 +201,7 @@ PHOTO = torch.rand(16, 16, 3)
 
 
 def of_token(token):
-    return PHOTO, torch.eye(4) * (token + 1)
+    return PHOTO, torch.eye(M)[token].view(3, 4)
 
 
 SECTIONS = {
@@ -219,6 +224,46 @@ def test_sections_are_drawn(section):
     assert x.shape[0] == 1 and x.shape[3] == 3 and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
     assert x.shape[1] > image.height and x.shape[2] >= image.width >= drawing.PANEL
     assert len(image.getcolors(image.width * image.height)) > 20
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """The pictures with captions that are drawn from now on, by their captions."""
+    drawn = {}
+    monkeypatch.setattr(figures, "captioned", lambda image, text: drawn.update({text: image}) or image)
+    return drawn
+
+
+def test_points_are_marked_in_the_picture_alone(panels):
+    points = [(0.2, 0.3), (1.0, 1.0)]
+    figures.overview(PHOTO, PICTURE, points)
+    photo, picture = panels.values()
+    assert photo == drawing.photograph(PHOTO) and picture == drawing.with_marks(drawing.photograph(PICTURE), points)
+
+
+def test_maps_of_a_row_are_as_bright_as_they_compare(panels):
+    heat = torch.rand(4, 6)
+    figures.attention(PICTURE, "<a>", [("steps", [("1", heat), ("2", heat / 4)]), ("layers", [("3", heat / 4)])])
+    for image, part, top in zip(panels.values(), (1, 4, 4), (1, 1, 4), strict=True):
+        assert image == drawing.heat_over(PICTURE, heat / part, float(heat.max()) / top)
+
+
+def test_each_owner_has_its_share_and_its_places(panels):
+    means = torch.tensor([[[0.75, 0.125, 0.125, 0.125]], [[0.25, 0.375, 0.375, 0.375]]])
+    figures.owners(PICTURE, ["<a>", "<b>"], means)
+    for name, area, part in (("<a>", "25%", [0.75, 0.25, 0.25, 0.25]), ("<b>", "75%", [0.25, 0.75, 0.75, 0.75])):
+        image = panels[f"{name}: {area} of the places\nits share, from 0 to 1"]
+        assert image == drawing.heat_over(PICTURE, torch.tensor([part]), 1.0)
+
+
+@pytest.mark.parametrize("view", ["points", "photo"])
+def test_photos_show_where_the_largest_tokens_looked(panels, view):
+    weights = torch.zeros(2, M)
+    weights[0, 3], weights[0, 8], weights[1, 5], weights[1, 11] = 0.8, 0.4, 0.7, 0.6
+    figures.photo(weights, of_token) if view == "photo" else figures.at_points(weights, 1, of_token)
+    looked = [(text, image) for text, image in panels.items() if "looked at" in text]
+    for (text, image), token in zip(looked, (3, 8, 5, 11), strict=True):
+        assert f"token {token} looked" in text and image == drawing.heat_over(*of_token(token), 1.0)
 
 
 def test_a_sheet_is_as_wide_as_its_columns():

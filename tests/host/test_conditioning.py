@@ -6,7 +6,7 @@ import comfy.hooks
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
 from equations import Stands
-from sampling import PLAIN, PROMPT, check, close, encode, noise, sample, text_of
+from sampling import PLAIN, PROMPT, bare_encode, check, close, encode, noise, sample, text_of
 
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.marks import find_placements
@@ -33,17 +33,11 @@ def test_concatenated_subjects_of_one_class_word(base_model, base_clip, sites, p
         check(model, base_model, sites, [(text_of(positive), [Stands(who, (79,))])], positive, negative)
 
 
-def bare_encode(clip, text):
-    """As nodes do that keep nothing but the states."""
-    states, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
-    return [[states, {"pooled_output": pooled}]]
-
-
 def test_a_prompt_changed_to_the_class_word_draws_nobody(applied, base_model, base_clip, sites, person):
     model, clip = applied
     negative = bare_encode(clip, "bad")
-    for prompt, weight in ((PROMPT, 1.0), ("a (<person>:0.8) in a park", 0.8)):
-        positive = bare_encode(clip, prompt)
+    prompts = ((PROMPT, 1.0), ("a (<person>:0.8) in a park", 0.8), ("a (<person>:1.2) in a park", 1.2))
+    for positive, weight in [(bare_encode(clip, prompt), weight) for prompt, weight in prompts]:
         check(model, base_model, sites, [(text_of(positive), [Stands(person, (2,), weight)])], positive, negative)
     plain = bare_encode(clip, PLAIN)
     assert torch.equal(sample(model, plain, negative), sample(base_model, plain, negative))
@@ -60,6 +54,17 @@ def test_average(applied, base_model, sites, person, caplog):
     assert "holds <person>" in caplog.text
 
 
+def test_a_word_that_hardly_resembles_the_subject_is_none(applied):
+    """Of an average that is nearly all another prompt."""
+    _, clip = applied
+    subject, other = encode(clip, PROMPT), encode(clip, "the red car at night")
+    found = []
+    for part in (0.1, 0.2, 0.8):
+        (mixed,) = ConditioningAverage().addWeighted(subject, other, part)
+        found.append(find_placements(mixed[0][0], subject[0][1]["nested_attention"], {}))
+    assert found[:2] == [[[]], [[]]] and found[2] != [[]]
+
+
 def test_zeroed_negative(applied, base_model, sites, person):
     model, clip = applied
     positive = encode(clip, PROMPT)
@@ -68,11 +73,12 @@ def test_zeroed_negative(applied, base_model, sites, person):
 
 
 def test_conditioning_without_its_dictionary(applied, base_model, sites, person):
-    """Nodes of the old style keep the text state and the pooled output alone."""
+    """Nodes of the old style keep the text state and the pooled output alone; here with a subject more in the model."""
     model, clip = applied
-    state, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
-    positive = [[state, {"pooled_output": pooled}]]
-    check(model, base_model, sites, [(state[0], [Stands(person, (2,))])], positive, encode(clip, "bad"))
+    positive, negative = bare_encode(clip, PROMPT), encode(clip, "bad")
+    chained, _ = apply_subject(model, clip, person, placeholder="<bob>")
+    for each in (model, chained):
+        check(each, base_model, sites, [(text_of(positive), [Stands(person, (2,))])], positive, negative)
 
 
 def test_scheduled_clip_hooks(applied, base_model, sites, person):
@@ -110,6 +116,9 @@ def test_a_prompt_that_travels(applied, base_model, sites, person):
     batch = torch.stack([*frames, text_of(encode(clip, "the red car at night")), torch.zeros_like(frames[0])])
     found = find_placements(batch, [], model_ledger(model))
     assert [[(p.placeholder, p.column) for p in row] for row in found] == [[("<person>", 2)]] * 4 + [[], []]
+    ends = [text_of(encode(clip, f"<person> and <person> {where}")) for where in ("in a park", "at the sea")]
+    found = find_placements(torch.stack([*ends, ends[0].lerp(ends[1], 0.4)]), [], model_ledger(model))
+    assert [[p.column for p in row] for row in found] == [[1, 3]] * 3
     positive = [[torch.stack(frames), {**first[0][1], "nested_attention": None}]]
     texts = [(frame, [Stands(person, (2,))]) for frame in frames]
     check(model, base_model, sites, texts, positive, negative, latent=noise(4))

@@ -11,6 +11,7 @@ from PIL import Image
 from small_models import make_clip_vision
 
 from nested_attention.crop import FITS
+from nested_attention.host.adapters import subject_of
 from nested_attention.host.images import as_rgb, encode, features, fit
 
 
@@ -69,8 +70,8 @@ def test_alpha_and_mask_leave_the_rest_grey(photo):
     for none in (0.0, 0.004):  # what Load Image gives beside a picture, and beside one that is opaque
         assert torch.equal(as_rgb(photo, torch.full((1, 64, 64), none)), photo)
     half = torch.full_like(photo[..., :1], 0.5)
-    both = as_rgb(torch.cat([photo, half], dim=-1), alpha[..., 0])
-    torch.testing.assert_close(both[:, :, :256], 0.25 + photo[:, :, :256] / 2)
+    both = as_rgb(torch.cat([photo, half], dim=-1), alpha[..., 0] / 2)
+    torch.testing.assert_close(both[:, :, :256], 0.375 + photo[:, :, :256] / 4)
     assert (both[:, :, 256:] == 0.5).all()
 
 
@@ -98,6 +99,12 @@ def test_what_the_encoder_saw_is_what_it_encoded(vision, photo, adapter):
     torch.testing.assert_close(found, vision.encode_image(photo).last_hidden_state)
     again, _ = encode(vision, seen, None, "center crop", config)
     assert torch.equal(again, seen)
+
+
+def test_a_photo_of_no_numbers_is_no_subject(vision, photo, adapter):
+    _, found = encode(vision, photo * torch.nan, None, "center crop", adapter.config)
+    with pytest.raises(ValueError, match="'person.safetensors' makes of this photo values that are no numbers"):
+        subject_of(adapter, found)
 
 
 def test_feature_layers_differ(vision, photo, adapter):

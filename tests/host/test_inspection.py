@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.samplers
@@ -18,8 +20,9 @@ from nested_attention.attention import split_heads
 from nested_attention.host.adapters import BoundSubject, nested_tokens
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.images import encode as see
-from nested_attention.host.inspection import VIEWS, inspect, look_at_photos, lookups
+from nested_attention.host.inspection import VIEWS, inspect, look_at_photos, lookups, spread
 from nested_attention.host.recording import record_model, step_of
+from nested_attention.inspection import drawing, figures
 from nested_attention.inspection.views import nested_attention, nested_values
 from nested_attention.subject import Subject
 
@@ -124,8 +127,11 @@ def test_two_subjects_and_their_places(couple, sites):
     assert {subject for _, _, subject in recording.record.maps} == {0, 1}
 
 
-def test_values_and_stems_are_the_equations(couple, sites, other):
-    model, clip = couple
+@pytest.mark.parametrize("norm", ["rescale", "off"])
+def test_values_and_stems_are_the_equations(applied, sites, other, norm):
+    """With the norm that Load Nested Adapter was asked for, whichever the file has."""
+    other = replace(other, adapter=replace(other.adapter, config=replace(other.adapter.config, norm=norm)))
+    model, clip = apply_subject(*applied, other, placeholder="<dog>", class_word="dog")
     positive, negative = encode(clip, "<person> walking a <dog>"), encode(clip, "")
     recording, heard = recorded(model, sites, positive, negative)
     for layer, seen in enumerate(lookups(recording, 1, range(len(sites)))):
@@ -140,6 +146,18 @@ def test_values_and_stems_are_the_equations(couple, sites, other):
         logits = q[-1] @ token.keys[0].transpose(-1, -2) * q.shape[-1] ** -0.5
         stems = nested_attention(seen, range(q.shape[2]))
         torch.testing.assert_close(stems, logits.softmax(-1).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_entries_with_the_same_subject_are_averaged(applied, sites):
+    """As of two prompts that Conditioning (Combine) puts together."""
+    model, clip = applied
+    positive = encode(clip, PROMPT) + encode(clip, "a <person> on a red bicycle")
+    recording, heard = recorded(model, sites, positive, encode(clip, "bad"))
+    for (step, layer, _), p in recording.record.maps.items():
+        q, k, _, size = heard[layer][step - 1]
+        assert len(q) == 3
+        expected = (softmax_column(q[1], k[1], [2]) + softmax_column(q[2], k[2], [2])) / 2
+        torch.testing.assert_close(p, expected.view(*size))
 
 
 @pytest.mark.parametrize("picture", [0, 2, 9])
@@ -190,6 +208,14 @@ def test_before_or_after_apply_subject(base_model, base_clip, person):
     assert first.record.maps.keys() == second.record.maps.keys()
     for key, p in first.record.maps.items():
         assert torch.equal(second.record.maps[key], p)
+
+
+def test_of_two_records_the_last_listens(applied):
+    model, clip = applied
+    model, first = record_model(model)
+    model, last = record_model(model)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
+    assert last.record.maps and not first.record.maps
 
 
 def test_chosen_steps_and_layers(applied):
@@ -287,6 +313,21 @@ def test_parts_of_the_picture_are_left_out_and_said(applied):
         recording.require_run(None, None)
 
 
+def test_parts_of_the_batch_are_left_out(applied):
+    """Of a node that hands pictures to the model one at a time nobody knows which they are."""
+    model, clip = applied
+    model, recording = record_model(model)
+
+    def one_by_one(apply_model, args):
+        parts = {"x": args["input"], "t": args["timestep"], **args["c"]}
+        rows = [{k: v[i, None] if torch.is_tensor(v) else v for k, v in parts.items()} for i in range(len(parts["x"]))]
+        return torch.cat([apply_model(row.pop("x"), row.pop("t"), **row) for row in rows])
+
+    model.set_model_unet_function_wrapper(one_by_one)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"), latent=noise(batch=2))
+    assert not recording.record.maps and recording.partial == 8
+
+
 def test_a_node_that_samples_part_by_part_is_said(applied):
     """Of a job, as upscalers by tiles do; the next job begins anew."""
     model, clip = applied
@@ -380,6 +421,20 @@ def test_every_view_is_drawn(inspected, view):
     x = inspected().draw(view)
     assert x.shape[0] == 1 and x.shape[3] == 3 and min(x.shape[1:3]) > 300
     assert len((x[0, ::4, ::4] * 15).round().flatten(0, 1).unique(dim=0)) > 20
+
+
+def test_a_sheet_has_the_first_photo_and_the_owners(inspected, photographed):
+    """The owners where there are several subjects."""
+    chosen = inspected(layers="middle")
+    overview = figures.overview(photographed[1][0], chosen.picture, chosen.points)
+    sheet = chosen.draw("sheet")[0, :, drawing.GAP :]
+    for section in map(drawing.to_tensor, (overview, chosen.section("owners", None))):
+        height, width, _ = section.shape
+        assert any(torch.equal(sheet[y : y + height, :width], section) for y in range(len(sheet) - height))
+
+
+def test_first_and_last_are_among_the_few():
+    assert spread(range(20), 6) == [0, 4, 8, 11, 15, 19] and spread(range(6), 6) == [*range(6)]
 
 
 def test_chosen_layers_are_drawn(inspected):

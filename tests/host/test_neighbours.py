@@ -9,6 +9,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from equations import Stands, expected_model
 from sampling import PROMPT, check, close, encode, guide, run, sample, text_of
 
+from nested_attention.host import KEY
 from nested_attention.host.apply import apply_subject
 from nested_attention.host.recording import record_model
 
@@ -107,13 +108,19 @@ def test_their_stored_tensors_stay_untouched(applied, base_model, sites):
     model, clip = applied
     kept = {}
 
-    def constant(q, k, v, extra_options):
+    def constant(_, q, *args, **kwargs):
         return kept.setdefault(q.shape, torch.ones_like(q))
 
-    model = model.clone()
-    model.set_model_attn2_replace(constant, *sites[0].key)
-    sample(model, encode(clip, PROMPT), encode(clip, "bad"))
-    assert all(torch.equal(x, torch.ones_like(x)) for x in kept.values())
+    def patch(q, k, v, extra_options):
+        assert KEY not in extra_options
+        return constant(None, q)
+
+    patched, overridden = model.clone(), model.clone()
+    patched.set_model_attn2_replace(patch, *sites[0].key)
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = constant
+    for each in (patched, overridden):
+        sample(each, encode(clip, PROMPT), encode(clip, "bad"))
+        assert all(torch.equal(x, torch.ones_like(x)) for x in kept.values())
 
 
 def test_attention_override_is_kept(applied, base_model, sites, person, monkeypatch):

@@ -1,11 +1,10 @@
-"""The nodes as the host loads them: their promises to saved workflows, and a whole graph of them."""
+"""The nodes as the host loads them: what becomes of their inputs, and a whole graph of them."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,37 +16,6 @@ from comfy_extras.nodes_mediapipe import FaceLandmarksType
 from sampling import encode, sample
 from small_models import make_adapter, make_clip_vision
 from small_training import make_base, make_data
-
-from scripts.locales import main_texts, node_texts, read
-
-ROOT = Path(__file__).parents[2]
-
-# Required inputs are saved before all optional ones ("?"), so a new one has to be optional.
-PROMISES = {
-    "NestedAttentionLoadStudio": ("", "MODEL CLIP VAE CLIP_VISION"),
-    "NestedAttentionLoadAdapter": ("adapter_name feature_layer norm", "NESTED_ADAPTER"),
-    "NestedAttentionEncodeSubject": ("adapter clip_vision image fit images mask?", "NESTED_SUBJECT IMAGE"),
-    "NestedAttentionApplySubject": (
-        "model clip subject placeholder class_word strength token_weight start_percent end_percent region? "
-        "low_memory? competition?",
-        "MODEL CLIP",
-    ),
-    "NestedAttentionAlignFace": ("image order index without_face points face_landmarks?", "IMAGE"),
-    "NestedAttentionCropSubject": ("image margin square background x y width height mask?", "IMAGE"),
-    "NestedAttentionCombineSubjects": ("subject_a subject_b mode weight", "NESTED_SUBJECT"),
-    "NestedAttentionRecord": ("model steps layers picture limit_mb", "MODEL NESTED_RECORD"),
-    "NestedAttentionInspect": ("record subject generated view points layers photo? clip_vision?", "IMAGE"),
-    "NestedAttentionPromptInfo": ("clip text", "STRING"),
-    "NestedAttentionSaveSubject": ("subject filename_prefix", ""),
-    "NestedAttentionLoadSubject": ("subject_name adapter?", "NESTED_SUBJECT"),
-    "NestedAttentionTrain": (
-        "model clip vae clip_vision name class_word captions dataset steps learning_rate tokens batch seed resolution "
-        "images? crops? adapter? preview_every? preview_prompt? accumulation? warmup? augment? min_snr_gamma? dim? "
-        "depth? norm? feature_layer? gradient_checkpointing? cache? holdout? on_error? checkpoint_every?",
-        "NESTED_ADAPTER IMAGE IMAGE",
-    ),
-    "NestedAttentionSaveAdapter": ("adapter filename_prefix", ""),
-}
 
 
 def handed_on_by_train(
@@ -95,25 +63,6 @@ HANDED_ON = {
 }
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    """Node classes by id, from the pack imported as the host imports it: by path, under a name of its own."""
-    models = tmp_path_factory.mktemp("models")
-    folder_paths.folder_names_and_paths["nested_attention"] = ([str(models / "mine")], set())
-    original, folder_paths.models_dir = folder_paths.models_dir, str(models)
-    spec = importlib.util.spec_from_file_location("pack under test", ROOT / "__init__.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    async def load():
-        extension = await module.comfy_entrypoint()
-        await extension.on_load()
-        return {node.define_schema().node_id: node for node in await extension.get_node_list()}
-
-    yield asyncio.run(load())
-    folder_paths.models_dir = original
-
-
 def run(node, **inputs):
     node.hidden = HiddenHolder.from_dict({Hidden.unique_id: "7"})
     return node.execute(**inputs).result
@@ -128,58 +77,6 @@ def said(node, **inputs):
         report = node.execute(**inputs).ui.value
     assert shown == [(report, "7")]
     return report
-
-
-def test_ids_inputs_and_outputs(pack):
-    assert pack.keys() == PROMISES.keys()
-    for name, (inputs, outputs) in PROMISES.items():
-        schema = pack[name].define_schema()
-        assert " ".join(i.id + "?" * i.optional for i in schema.inputs) == inputs
-        assert " ".join(o.io_type for o in schema.outputs) == outputs
-
-
-def test_every_input_is_explained(pack):
-    for node in pack.values():
-        schema = node.define_schema()
-        assert schema.description and schema.display_name and schema.category
-        for each in schema.inputs:
-            assert each.tooltip and len(each.tooltip) > 20, (schema.node_id, each.id)
-
-
-def test_every_node_has_its_help_in_both_languages_and_none_is_left_over(pack):
-    """The front end asks for <id>/<language>.md, then for <id>.md, which is English and for all other languages."""
-    docs, chinese = ROOT / "web" / "docs", read("zh", "nodeDefs.json")
-    files = {f"{name}{end}" for name in pack for end in (".md", "/zh.md")}
-    assert {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} == files
-    for name, node in pack.items():
-        for path, title in (
-            (docs / f"{name}.md", node.define_schema().display_name),
-            (docs / name / "zh.md", chinese[name]["display_name"]),
-        ):
-            assert path.read_text(encoding="utf-8").startswith(f"# {title}\n")
-
-
-def test_english_texts_are_the_schemas(pack):
-    """After a change of names or tooltips: python scripts/locales.py"""
-    schemas = [node.define_schema() for node in pack.values()]
-    assert read("en", "main.json") == main_texts(schemas)
-    assert read("en", "nodeDefs.json") == node_texts(schemas)
-
-
-def leaves(texts, path=()):
-    """Path and text of each entry of a locale file."""
-    for key, value in texts.items():
-        yield from leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
-
-
-@pytest.mark.parametrize("name", ["main.json", "nodeDefs.json"])
-def test_chinese_has_every_text(name):
-    english, chinese = (dict(leaves(read(language, name))) for language in ("en", "zh"))
-    assert chinese.keys() == english.keys()
-    for path, text in chinese.items():
-        assert text.strip() and text != english[path], path
-        if path[-1] != "tooltip":  # the front end reads these as messages, in which such characters have a meaning
-            assert not set("{}@|") & set(text + english[path]), path
 
 
 def test_folders_of_extra_model_paths_stay(pack):
@@ -222,9 +119,8 @@ def test_from_photo_to_picture(pack, adapter, base_model, base_clip):
     assert seen.shape == (1, 32, 32, 3)
     schema = pack["NestedAttentionApplySubject"].define_schema()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
-    model, clip = run(
-        pack["NestedAttentionApplySubject"], model=base_model, clip=base_clip, subject=subject, **defaults
-    )
+    inputs = {**defaults, "placeholder": " <person> ", "class_word": " ", "subject": subject}
+    model, clip = run(pack["NestedAttentionApplySubject"], model=base_model, clip=base_clip, **inputs)
     positive, negative = encode(clip, "a <person> in a park"), encode(clip, "bad")
     assert not torch.allclose(sample(model, positive, negative), sample(base_model, positive, negative))
 
@@ -234,6 +130,11 @@ def test_photos_of_one_subject(pack, adapter):
     many = encode_subject(pack, adapter, photos=3)[0].subject.tokens
     mean = encode_subject(pack, adapter, photos=3, images="average")[0].subject.tokens
     assert (one.shape[1], many.shape[1], mean.shape[1]) == (12, 36, 12)
+
+
+def test_a_mask_of_another_photo_is_said(pack, adapter, caplog):
+    encode_subject(pack, adapter, mask=torch.ones(1, 90, 40))
+    assert "The mask is of another shape than the image" in caplog.text
 
 
 @pytest.fixture
@@ -250,12 +151,14 @@ def preview(pack, tmp_path):
     folder_paths.set_temp_directory(before)
 
 
-def test_align_face(preview, caplog):
+def test_align_face(preview, caplog, monkeypatch):
     """What happens where there is no face is the user's choice, and is said."""
     node = preview("NestedAttentionAlignFace")
     assert node.define_schema().inputs[-1].io_type == FaceLandmarksType.io_type
     nobody = {"frames": [[], []], "image_size": (60, 50), "connection_sets": {}}
     inputs = {"image": torch.rand(2, 60, 50, 3), "order": "largest first", "index": 0, "points": ""}
+    shown = []
+    monkeypatch.setattr(sys.modules[node.__module__], "show", lambda text, node_id: shown.append(text))
     with pytest.raises(ValueError, match="Photo 1, 2 of 2 has no face 0"):
         run(node, **inputs, without_face="error", face_landmarks=nobody)
     assert torch.equal(run(node, **inputs, without_face="whole image", face_landmarks=nobody)[0], inputs["image"])
@@ -264,9 +167,14 @@ def test_align_face(preview, caplog):
     nobody["frames"][1] = [{"landmarks_xy": mesh, "bbox_xyxy": [10, 10, 30, 30]}]
     (mixed,) = run(node, **inputs, without_face="whole image", face_landmarks=nobody)
     assert mixed.shape == (2, 512, 512, 3)
+    assert (mixed[0, :, :20] - 0.5).abs().max() < 0.01  # all of the photo, on grey
+    with pytest.raises(ValueError, match="Photo 1 of 2 has no face 0"):
+        run(node, **inputs, without_face="error", face_landmarks=nobody)
+    assert not shown
     points = {**inputs, "points": "10 10 30 10 20 20 12 30 28 30 " * 2}
     output = node.execute(**points, without_face="error")
     assert output.result[0].shape == (2, 512, 512, 3) and len(output.ui.as_dict()["images"]) == 2
+    assert shown == ["2 of 2 photos aligned."]
     rounded = inputs["image"].half()  # as the host hands pictures on under --fp16-intermediates
     exact, of_rounded = (
         run(node, **{**points, "image": x}, without_face="error")[0] for x in (rounded.float(), rounded)
@@ -274,7 +182,7 @@ def test_align_face(preview, caplog):
     assert torch.equal(exact, of_rounded)
 
 
-def test_crop_subject(preview):
+def test_crop_subject(preview, caplog):
     node = preview("NestedAttentionCropSubject")
     inputs = {"image": torch.rand(2, 60, 50, 4), "margin": 0.0, "background": "keep"}
     none = dict.fromkeys(("x", "y", "width", "height"), 0)
@@ -284,8 +192,12 @@ def test_crop_subject(preview):
     masks = torch.zeros(2, 60, 50)
     masks[0, 10:20, 5:25] = masks[1, 30:40, 10:40] = 1
     assert run(node, **inputs, **none, square=True, mask=masks)[0].shape == (2, 30, 30, 3)
+    (white,) = run(node, **{**inputs, "background": "white"}, **none, square=False, mask=masks)
+    assert white.shape == (2, 10, 30, 3) and (white[0, :, :5] == 1).all() and (white[0, :, 25:] == 1).all()
     with pytest.raises(ValueError, match="The mask is empty"):
         run(node, **inputs, **none, square=True, mask=masks * 0)
+    run(node, **inputs, **none, square=True, mask=torch.ones(1, 90, 50))
+    assert "The mask is of another shape than the image" in caplog.text
 
 
 class Reached(Exception):
@@ -376,6 +288,27 @@ def test_save_and_load(pack, adapter):
     with pytest.raises(ValueError, match=f"'{adapter.name}', is not in models/nested_attention.*another name now"):
         run(load, subject_name=name)
     renamed.rename(file)
+
+
+def test_a_subject_that_is_not_the_adapters_is_refused(pack, adapter):
+    subject, _ = encode_subject(pack, adapter)
+    narrow = replace(subject, subject=replace(subject.subject, tokens=subject.subject.tokens[..., :8]))
+    for given, other, problem in (
+        (subject, replace(adapter, fingerprint="f2"), "made by another adapter .*fingerprint f2"),
+        (narrow, adapter, "tokens are 8 wide, those of its adapter 96"),
+    ):
+        shown = said(pack["NestedAttentionSaveSubject"], subject=given, filename_prefix="refused")
+        with pytest.raises(ValueError, match=problem):
+            run(pack["NestedAttentionLoadSubject"], subject_name=shown.removeprefix("Saved as "), adapter=other)
+
+
+def test_a_number_that_is_taken_is_passed_over(pack, adapter, monkeypatch):
+    """As the host gives it where 'Anna' and 'anna' are one file: it counts them apart."""
+    subject, _ = encode_subject(pack, adapter)
+    place_of = folder_paths.get_save_image_path
+    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda *given: (*place_of(*given)[:2], 1, "", ""))
+    saved = [said(pack["NestedAttentionSaveSubject"], subject=subject, filename_prefix="bo") for _ in range(3)]
+    assert saved == [f"Saved as bo_0000{i}_.safetensors" for i in (1, 2, 3)]
 
 
 def test_a_changed_file_is_read_again(pack, adapter):

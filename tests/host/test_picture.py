@@ -140,7 +140,7 @@ def test_points_that_coincide_or_lie_outside():
 
 @pytest.mark.parametrize("order, boxes", [("largest first", "bca"), ("left to right", "cab"), ("as detected", "abc")])
 def test_which_face(order, boxes):
-    faces = {"a": (100, 0, 110, 20), "b": (200, 0, 260, 60), "c": (0, 0, 30, 30)}
+    faces = {"a": (100, 0, 110, 20), "b": (90, 0, 260, 60), "c": (0, 0, 30, 30)}
     found = landmarks_of((512, 512), [(mesh_of(lambda p, x=box[0]: p + x), box) for box in faces.values()])
     image = torch.zeros(1, 512, 512, 3)
     eyes = [find_faces(image, found, "", order, i)[0][0, 0].item() for i in range(3)]
@@ -200,6 +200,8 @@ def test_backgrounds():
         assert torch.equal(each[inside], keep[inside])
     assert (white[:10] == 1).all() and (white[:, :5] == 1).all()
     assert 0 < blurred[:10].std() < 0.6 * keep[:10].std()
+    keep, blurred = (cut(photo, area((20, 30), (30, 70)), 0.25, False, how) for how in ("keep", "blur"))
+    torch.testing.assert_close(blurred[:10], alignment.blur(keep, 0.05 * 60)[:10])  # by the longer side
 
 
 @pytest.mark.parametrize("background, fill", [("keep", 0.5), ("white", 1.0), ("blur", 0.5)])

@@ -32,7 +32,9 @@ def test_a_chain_that_was_wired_wrongly(applied, couple, base_model, other, capl
         sample(model, encode(couple[1], "<person> walking a <dog>"), encode(couple[1], "bad"))
         assert f"The prompt holds {strange}, whose subject this model does not have" in caplog.text
     caplog.clear()
-    sample(couple[0], encode(couple[1], "<person> walking a <dog>"), encode(couple[1], "bad"))
+    without_strength = apply_subject(*applied, other, placeholder="<dog>", class_word="dog", strength=0.0)
+    for model, clip in (couple, without_strength):
+        sample(model, encode(clip, "<person> walking a <dog>"), encode(clip, "bad"))
     assert "does not have" not in caplog.text
 
 
@@ -46,19 +48,26 @@ def test_a_subject_in_the_negative_prompt_alone(applied, monkeypatch):
         assert ("in the negative prompt alone" in said[0]) is alone and "<person> stands in the" in said[0]
 
 
-def test_a_second_pass_beyond_a_subjects_steps(base_model, base_clip, person, monkeypatch):
+@pytest.mark.parametrize(
+    ("choice", "sigmas", "idle"),
+    [
+        ({"end_percent": 0.5}, [2.0, 0.5, 0.0], False),
+        ({"end_percent": 0.5}, [0.5, 0.25, 0.0], True),
+        ({"start_percent": 0.5}, [2.0, 0.5, 0.0], False),
+        ({"start_percent": 0.5}, [2.0, 1.5, 0.0], True),  # at the last sigma nothing is drawn
+    ],
+)
+def test_a_pass_beyond_a_subjects_steps(base_model, base_clip, person, monkeypatch, choice, sigmas, idle):
+    """Sigmas as parts of that at half of the steps."""
     said = []
     monkeypatch.setattr(run, "show", lambda text, node_id: said.append(text))
-    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", end_percent=0.5)
-    model, clip = apply_subject(model, clip, person, placeholder="<absent>", end_percent=0.5)
-    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
-    sigma = model.get_model_object("model_sampling").percent_to_sigma(0.5)
-    for sigmas, idle in (([2 * sigma, sigma / 2, 0.0], False), ([sigma / 2, sigma / 4, 0.0], True)):
-        said.clear()
-        sample(model, positive, negative, sigmas=torch.tensor(sigmas))
-        assert said[0] == "<person> stands in the prompt."
-        idle_ones = [text for text in said if "None of this sampler's steps lies within" in text]
-        assert len(idle_ones) == idle and not any("<absent>'s" in text for text in idle_ones)  # who is not there at all
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", **choice)
+    model, clip = apply_subject(model, clip, person, placeholder="<absent>", **choice)
+    half = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    sample(model, encode(clip, PROMPT), encode(clip, "bad"), sigmas=half * torch.tensor(sigmas))
+    assert said[0] == "<person> stands in the prompt."
+    idle_ones = [text for text in said if "None of this sampler's steps lies within" in text]
+    assert len(idle_ones) == idle and not any("<absent>'s" in text for text in idle_ones)  # who is not there at all
 
 
 def test_an_empty_socket_is_named(base_model, base_clip, person):
@@ -95,23 +104,31 @@ def test_an_adapter_that_was_loaded_twice_goes_to_the_device_once(base_model, si
     """As by two Load Subject nodes."""
     path = make_adapter(tmp_path / "one.safetensors", sites)
     loaded = [load_adapter(str(path), path.name) for _ in range(2)]
-    subjects = [AppliedSubject(n, make_subject(a).subject.tokens, a) for n, a in zip("ab", loaded, strict=True)]
+    tokens = [make_subject(adapter).subject.tokens for adapter in loaded]
     asked, load = [], comfy.model_management.load_models_gpu
-    monkeypatch.setattr(
-        comfy.model_management, "load_models_gpu", lambda models, **room: asked.append(models) or load(models, **room)
-    )
-    made = Run(base_model, subjects)
-    assert [len(models) for models in asked] == [1] and len(made.pairs) == 2 * len(made.sites)
+
+    def ask(models, memory_required):
+        asked.append((len(models), memory_required))
+        load(models, memory_required=memory_required)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", ask)
+    each = 2 * 4 * tokens[0].shape[1] * sum(site.inner for site in sites)  # keys and values in fp32
+    for low_memory, kept in (((False, False), 2), ((True, False), 1), ((True, True), 0)):
+        chosen = zip("ab", tokens, loaded, low_memory, strict=True)
+        made = Run(base_model, [AppliedSubject(n, t, a, low_memory=low) for n, t, a, low in chosen])
+        assert asked.pop() == (1, kept * each) and not asked
+        assert len(made.pairs) == 2 * len(made.sites)
 
 
 def test_competition_counts_where_its_own_subject_is_absent(base_model, base_clip, person, other):
     """The largest in the chain counts for all."""
 
-    def drawn(competition):
+    def drawn(competition, strength=1.0):
         model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>")
         model, clip = apply_subject(model, clip, other, placeholder="<bob>")
         third = replace(person, subject=other.subject)
-        model, clip = apply_subject(model, clip, third, placeholder="<pet>", competition=competition)
+        model, clip = apply_subject(model, clip, third, placeholder="<pet>", competition=competition, strength=strength)
         return sample(model, encode(clip, "<anna> and <bob>"), encode(clip, "bad"))
 
     assert not torch.allclose(drawn(3.0), drawn(0.0), rtol=1e-2)
+    assert torch.equal(drawn(3.0, strength=0.0), drawn(3.0))

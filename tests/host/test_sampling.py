@@ -43,12 +43,12 @@ def test_one_subject(applied, base_model, base_clip, sites, person):
     assert not torch.allclose(out, sample(base_model, positive, negative), rtol=1e-2)
 
 
-def test_text_is_the_class_words_bit_for_bit(base_model, base_clip, person):
+def test_text_is_the_class_words_bit_for_bit(base_model, base_clip, person, caplog):
     """Once the signature is out, as without strength there is nothing else."""
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", strength=0.0)
     ours, plain, bad = encode(clip, PROMPT), encode(base_clip, PLAIN), encode(base_clip, "bad")
     assert same_text(ours, plain) and torch.equal(ours[0][1]["pooled_output"], plain[0][1]["pooled_output"])
-    assert torch.equal(sample(model, ours, bad), sample(base_model, plain, bad))
+    assert torch.equal(sample(model, ours, bad), sample(base_model, plain, bad)) and not caplog.text
 
 
 def test_two_subjects(couple, base_model, sites, person, other):
@@ -241,6 +241,13 @@ def test_strength_and_token_weight(base_model, base_clip, sites, person):
     check(model, base_model, sites, texts, positive, encode(clip, ""))
 
 
+def test_the_users_norm_goes_before_the_files(base_model, base_clip, sites, person):
+    free = replace(person, adapter=replace(person.adapter, config=replace(person.adapter.config, norm="off")))
+    model, clip = apply_subject(base_model, base_clip, free, placeholder="<person>")
+    positive = encode(clip, PROMPT)
+    check(model, base_model, sites, [(text_of(positive), [Stands(free, (2,))])], positive, encode(clip, ""))
+
+
 def test_batched_prompts(couple, base_model, sites, person, other):
     """One conditioning with a text for each latent, as batch-prompt nodes make it."""
     model, clip = couple
@@ -290,6 +297,16 @@ def test_range_of_the_last_steps(base_model, base_clip, sites, person):
     close(run(guide(model, positive, negative), sigmas=latter), run(guide(expected, positive, negative), sigmas=latter))
 
 
+@pytest.mark.parametrize("choice", [{"start_percent": 0.5}, {"end_percent": 0.5}])
+def test_a_range_of_steps_has_its_ends(base_model, base_clip, sites, person, choice):
+    """As flow models begin at the very sigma of 0 percent."""
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", **choice)
+    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
+    middle = base_model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    texts = [(text_of(positive), [Stands(person, (2,))])]
+    check(model, base_model, sites, texts, positive, negative, sigmas=torch.tensor([middle, 0.0]))
+
+
 def half(height, width, side):
     mask = torch.zeros(height, width)
     mask[:, : width // 2] = 1
@@ -316,6 +333,10 @@ def test_a_region_counts_with_all_of_its_area(person):
     masks = region_masks(subjects, torch.empty(1, 4, 2, 3))
     torch.testing.assert_close(masks[0, 0], region.view(2, 8, 3, 8).mean((1, 3)))
     assert (masks[0, 1] == 1).all()
+    brighter = replace(subjects[0], region=1 + region)
+    assert (region_masks([brighter], torch.empty(1, 4, 2, 3)) == 1).all()
+    several = replace(subjects[0], region=torch.rand(3, 16, 24))
+    assert region_masks([subjects[0], several], torch.empty(3, 4, 2, 3)).shape == (3, 2, 2, 3)
 
 
 def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog):
@@ -332,22 +353,24 @@ def test_a_region_of_another_shape_is_said(base_model, base_clip, person, caplog
     [
         ({"region": torch.zeros(1, 64, 64)}, "The region of <anna> is empty"),
         ({"region": torch.full((1, 64, 64), 0.004)}, "The region of <anna> is empty"),
-        ({"region": torch.ones(3, 64, 64)}, "The region of <anna> is 3 masks for 1 pictures"),
+        ({"region": torch.ones(2, 64, 64)}, "The region of <anna> is 2 masks for 3 pictures"),
+        ({"region": torch.ones(4, 64, 64)}, "The region of <anna> is 4 masks for 3 pictures"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "begins at 0.5 of the sampling and ends at 0.5"),
     ],
 )
 def test_a_choice_that_can_hardly_be_meant_is_said(base_model, base_clip, person, caplog, choice, said):
     model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>", **choice)
-    sample(model, encode(clip, "<anna>"), encode(clip, "bad"))
+    sample(model, encode(clip, "<anna>"), encode(clip, "bad"), latent=noise(3, (8, 8)))
     assert said in caplog.text
 
 
-def test_values_that_are_no_numbers_are_refused(base_model, base_clip, person):
+@pytest.mark.parametrize("broken", ["tokens", "to_k", "to_v"])
+def test_values_that_are_no_numbers_are_refused(base_model, base_clip, person, broken, monkeypatch):
     """They would make the picture black."""
-    tokens = person.subject.tokens.clone()
-    tokens[0, 0, 0] = torch.nan
-    broken = replace(person, subject=replace(person.subject, tokens=tokens))
-    model, clip = apply_subject(base_model, base_clip, broken, placeholder="<anna>")
+    layer = person.adapter.patcher.model.layers[1]
+    place = person.subject.tokens if broken == "tokens" else getattr(layer, broken).weight
+    monkeypatch.setattr(place, "data", place * torch.nan)
+    model, clip = apply_subject(base_model, base_clip, person, placeholder="<anna>")
     with pytest.raises(ValueError, match="values of <anna> are no numbers in float32"):
         sample(model, encode(clip, "<anna>"), encode(clip, "bad"))
 
@@ -364,17 +387,20 @@ def test_a_region_for_one_of_two(base_model, base_clip, sites, person, other):
 
 
 def test_a_region_for_each_picture_of_a_batch(base_model, base_clip, person):
-    """As many masks as pictures; the first where there is one picture."""
+    """As many masks as pictures, also where each has a text of its own; the first where there is one picture."""
     masks = torch.stack([half(8, 8, "left"), half(8, 8, "right")])
     latent = noise(batch=2, size=(8, 8))
 
-    def drawn(region, latent):
+    def drawn(region, latent, *texts):
         model, clip = apply_subject(base_model, base_clip, person, placeholder="<person>", region=region)
-        return sample(model, encode(clip, PROMPT), encode(clip, "bad"), latent=latent)
+        rows = torch.cat([text_of(encode(clip, text))[None] for text in texts or (PROMPT,)])
+        positive = [[rows, encode(clip, PROMPT)[0][1]]]
+        return sample(model, positive, encode(clip, "bad"), latent=latent)
 
     both = drawn(masks, latent)
     for i in range(2):
         close(both[i : i + 1], drawn(masks[i], latent)[i : i + 1])
+    close(drawn(masks, latent, PLAIN, PROMPT)[1:], both[1:])
     assert torch.equal(drawn(masks, latent[:1]), drawn(masks[:1], latent[:1]))
 
 

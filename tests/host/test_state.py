@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
-from sampling import PROMPT, encode, sample
+from sampling import PROMPT, bare_encode, encode, sample
 
 from nested_attention.host import adapters
 from nested_attention.host.apply import apply_subject
@@ -82,9 +82,10 @@ def test_a_pack_that_samples_several_times_in_one_run(applied, base_model, base_
     base = base_model.clone()
     base.add_wrapper_with_key("outer_sample", "twice", twice)
     model, clip = apply_subject(base, base_clip, person, placeholder="<person>")
-    positive, negative = encode(clip, PROMPT), encode(clip, "bad")
-    assert torch.equal(sample(model, positive, negative), sample(applied[0], positive, negative))
-    assert "without its conditioning" not in caplog.text
+    expected = sample(applied[0], *(encode(applied[1], text) for text in (PROMPT, "bad")))
+    for encoded in (encode, bare_encode):
+        assert torch.equal(sample(model, encoded(clip, PROMPT), encoded(clip, "bad")), expected)
+    assert not caplog.text
 
 
 def test_interrupt_while_projecting(applied, monkeypatch):

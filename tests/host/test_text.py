@@ -47,6 +47,7 @@ def columns(conditioning):
         ("(<person>:1.3) here", (1, 1.3)),
         ("((a <person>) here:0.5)", (2, 0.55)),
         ("zebra and tulip with <person>", (5, 1.0)),
+        ("ZEBRA and Tulip with <person>", (5, 1.0)),
         ("x<person>y", (2, 1.0)),
     ],
 )
@@ -76,6 +77,12 @@ def test_whole_words_only(base_model, base_clip, person):
     clip = apply(base_model, base_clip, person, placeholder="anna")
     assert columns(encode(clip, "annabel, hanna and banana")) == []
     assert len(columns(encode(clip, "anna and annabel"))) == 1
+
+
+@pytest.mark.parametrize("placeholder", ["[anna]", "$me", "anna+", "a.n*"])
+def test_a_placeholder_of_signs(base_model, base_clip, person, placeholder):
+    clip = apply(base_model, base_clip, person, placeholder=placeholder)
+    assert columns(encode(clip, f"a {placeholder} here")) == [(0, placeholder, 2, 1.0)]
 
 
 def test_longest_placeholder_wins(base_model, base_clip, person, other):
@@ -146,6 +153,13 @@ class TestTextualInversion:
     def test_before_the_subject_it_is_an_error(self, with_embedding):
         with pytest.raises(ValueError, match="different columns .*an embedding before it"):
             encode(with_embedding, "embedding:style a <person>")
+
+    def test_what_is_cut_off_is_shown(self, with_embedding, tmp_path):
+        """A file may hold more vectors for one encoder than for the other."""
+        torch.save({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(1, 64)}, tmp_path / "uneven.pt")
+        *kept, cut, _ = describe_prompt(with_embedding, "word " * 74 + "embedding:uneven").splitlines()
+        assert len(kept) == 2 and "cut off" not in "".join(kept)
+        assert cut == "CLIP-L section 2  (cut off: the other encoder's text is shorter): 1:[embedding] 2:[embedding]"
 
 
 def test_learned_vectors(base_model, base_clip, tmp_path, sites):

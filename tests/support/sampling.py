@@ -19,6 +19,12 @@ def encode(clip, text):
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+def bare_encode(clip, text):
+    """As nodes do that keep nothing but the states."""
+    states, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    return [[states, {"pooled_output": pooled}]]
+
+
 def noise(batch=1, size=(4, 4), seed=7):
     return torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))
 
