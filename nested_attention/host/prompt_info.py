@@ -25,7 +25,7 @@ def describe_prompt(clip: Any, text: str) -> str:
     for name, sections in tokens.items():
         encoder = getattr(clip.tokenizer, f"clip_{name}")
         for i, section in enumerate(sections):
-            cut = "  (cut off: the other encoder's text is shorter)" if i >= kept else ""
+            cut = " (cut off: the other encoder's text is shorter)" if i >= kept else ""
             words = " ".join(described(entry, column, encoder) for column, entry in words_of(section, encoder))
             lines.append(f"CLIP-{name.upper()} section {i + 1}{cut}: {words or 'empty'}")
     places = agreed_places({name: marked(sections, widths[name]) for name, sections in tokens.items()})

@@ -121,7 +121,10 @@ class Recording:
         if self.times > 1:
             text += f" The node sampled {self.times} times; this is the last of them."
         if self.partial:
-            text += f" {self.partial} calls of the model held a part of the picture (areas, tiles) and were left out."
+            text += (
+                f" {self.partial} calls of the model held a part of the picture (areas, tiles) or of the batch and "
+                "were left out."
+            )
         if self.merged:
             text += f" {len(self.merged)} layers, in which another node merges places of the picture, were left out."
         return text
@@ -138,7 +141,9 @@ class Recording:
                 "see Apply Subject."
             )
         if self.partial:
-            return "The sampler worked on parts of the picture (areas, tiles), which cannot be recorded."
+            return (
+                "The sampler worked on parts of the picture (areas, tiles) or of the batch, which cannot be recorded."
+            )
         if self.merged:
             return "Another node merges places of the picture, which cannot be recorded."
         named = f"No layer's name holds '{self.layers}', or no" if self.layers else "No"

@@ -159,7 +159,7 @@ class TestTextualInversion:
         torch.save({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(1, 64)}, tmp_path / "uneven.pt")
         *kept, cut, _ = describe_prompt(with_embedding, "word " * 74 + "embedding:uneven").splitlines()
         assert len(kept) == 2 and "cut off" not in "".join(kept)
-        assert cut == "CLIP-L section 2  (cut off: the other encoder's text is shorter): 1:[embedding] 2:[embedding]"
+        assert cut == "CLIP-L section 2 (cut off: the other encoder's text is shorter): 1:[embedding] 2:[embedding]"
 
 
 def test_learned_vectors(base_model, base_clip, tmp_path, sites):
