@@ -31,7 +31,7 @@ COMFYUI_INSIDE = "/vendor/ComfyUI/"
 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = ("pytest>=8.3,<10", "ruff==0.17.6", "webdataset==1.0.2", "playwright>=1.50,<2", "matplotlib>=3.9,<4")
-SETUP_SPACE = 9e9  # bytes, of which pip needs a quarter for a while only
+SETUP_SPACE = 9.5e9  # bytes, of which pip needs a quarter for a while only
 BASE_FOLDERS = ("models", "input", "output", "user", "custom_nodes")
 
 
@@ -203,7 +203,7 @@ def _ensure_requirements(host: Host) -> None:
     _run(
         [*pip, *TORCH, *TOOLS, "-r", str(listed)],
         "Installing the requirements failed (the reason stands above). "
-        "Check the network connection and the free disk space (about 9 GB), then run again.",
+        f"Check the network connection and the free disk space ({SETUP_SPACE / 1e9:g} GB), then run again.",
     )
     stamp.write_text(wanted)
     say(f"  done in {time.monotonic() - started:.0f} s")
